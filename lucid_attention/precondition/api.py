@@ -1,0 +1,162 @@
+"""The public operator ``V -> Y = L^-1 V``: checks, choice of implementation, docstrings."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import operators, reference
+from .autocast import autocast, no_autocast
+from .validation import (
+    check_cu_seqlens,
+    check_key_mask,
+    check_key_value,
+    check_offsets,
+    check_past,
+    check_strength_contents,
+    resolve_impl,
+    resolve_scale,
+    resolve_strength,
+)
+
+
+def precondition(
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel_scale: float | None = None,
+    strength: float | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Precondition values by their keys' correlations: ``Y = L^-1 V``.
+
+    ``L`` is unit lower triangular, one per batch row and KV head::
+
+        khat_i = key_i / sqrt(mean(key_i^2) + 1e-6)
+        L_ij   = strength * exp(kernel_scale * (khat_i . khat_j - head_dim))    for j < i
+        y_i    = value_i - sum_{j<i} L_ij y_j
+
+    ``y_i`` is the part of ``value_i`` that the memory did not already answer for ``key_i``. For any
+    keys and any length ``|Y|_F <= 2 |V|_F``. Follow it with a causal softmax attention over ``Y``
+    (`lucid_attention.lucid_attention` does both).
+
+    Args:
+        key: ``(batch, kv_heads, seq, head_dim)``, float16, bfloat16, float32 or float64, any
+            strides; as the attention sees it (after RoPE and QK-norm).
+        value: ``(batch, kv_heads, seq, value_dim)``, key's dtype and device.
+        kernel_scale: positive; None is ``1/sqrt(head_dim)``, whatever the softmax's scale is.
+        strength: None (1, LUCID), a float in [0, 1] (0 returns ``value``: softmax attention), or a
+            float32 tensor ``(kv_heads,)`` in [0, 1], which may need a gradient.
+        key_mask: bool ``(batch, seq)``, False for padding, anywhere in the row: there ``y`` is
+            exactly 0 and nothing else changes, whatever key and value hold.
+        past: ``(past_key, past_preconditioned)``, each ``(batch, kv_heads, past, ..)``: key and
+            value are a chunk that follows it, and ``key_mask`` covers the chunk only. Every split
+            of a sequence into chunks gives the same ``Y``, to rounding. ``past_preconditioned`` may
+            be wider than value's dtype (keep it in float32 where that matters).
+        impl: ``"auto"`` and ``"blocked"`` (torch, any device, memory linear in ``seq``), or
+            ``"reference"`` (the dense definition). A named choice never falls back. ``"triton"`` is
+            reserved.
+
+    Returns:
+        ``Y``, value's shape, dtype and device, contiguous. float16 and bfloat16 are computed in
+        float32 and rounded once. Under autocast, inputs are cast as for
+        ``F.scaled_dot_product_attention``; ``strength`` and ``past_preconditioned`` are not.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices, ``kernel_scale``, ``strength`` or ``impl`` out of range; a
+            strength tensor's contents are checked on the CPU only (elsewhere it would synchronise).
+        RuntimeError: on a second derivative (``impl="reference"`` has one).
+
+    Source: arXiv 2602.10410; ``lucid_attention/precondition/README.md`` derives it.
+
+    Example:
+        >>> import torch
+        >>> from lucid_attention import precondition
+        >>> key = torch.ones(1, 1, 3, 4)  # one key, written three times
+        >>> value = torch.tensor([1.0, 2.0, 5.0]).view(1, 1, 3, 1)
+        >>> precondition(key, value).flatten().tolist()  # what each write changed
+        [1.0, 1.0, 3.0]
+    """
+    impl = resolve_impl(impl)
+    check_key_value(key, value)
+    kernel_scale = resolve_scale("kernel_scale", kernel_scale, key.shape[-1], positive=True)
+    resolved = resolve_strength(strength, key, key.shape[1])
+    check_key_mask(key_mask, key.shape[0], key.shape[2], key.device)
+    past = check_past(past, key, value)
+    key, value = autocast(key), autocast(value)
+    if past is not None:
+        past = (past[0].to(key.dtype), past[1])
+    if impl == "reference":
+        check_strength_contents(resolved)
+        with no_autocast(key):
+            return reference.precondition(
+                key,
+                value,
+                kernel_scale=kernel_scale,
+                strength=resolved,
+                key_mask=key_mask,
+                past=past,
+            )
+    past_key, past_preconditioned = (None, None) if past is None else past
+    solved: Tensor = operators.precondition(
+        key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale
+    )
+    return solved
+
+
+def precondition_varlen(
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int | None = None,
+    kernel_scale: float | None = None,
+    strength: float | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""`precondition` for sequences packed one after another, each solved by itself.
+
+    Args:
+        key: ``(total, kv_heads, head_dim)``.
+        value: ``(total, kv_heads, value_dim)``.
+        cu_seqlens: int32 ``(sequences + 1,)``, cumulative offsets: starts at 0, ends at ``total``,
+            never falls; equal neighbours are an empty sequence. On key's device.
+        max_seqlen: length of the longest sequence, or more. None finds it, which synchronises an
+            accelerator; given, nothing does, and then it has to be right.
+        kernel_scale, strength, impl: as in `precondition`.
+
+    Returns:
+        ``Y`` ``(total, kv_heads, value_dim)``. A NaN stays in its own sequence and head.
+
+    Raises:
+        TypeError, ValueError: as in `precondition`; the offsets' contents are checked where they
+            are read anyway (on the CPU, or with ``max_seqlen=None``).
+
+    Example:
+        >>> import torch
+        >>> from lucid_attention import precondition_varlen
+        >>> key, value = torch.ones(4, 1, 8), torch.ones(4, 1, 1)
+        >>> offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+        >>> precondition_varlen(key, value, offsets, max_seqlen=2).flatten().tolist()
+        [1.0, 0.0, 1.0, 0.0]
+    """
+    impl = resolve_impl(impl)
+    check_key_value(key, value, packed=True)
+    check_cu_seqlens(cu_seqlens, max_seqlen, key.device)
+    kernel_scale = resolve_scale("kernel_scale", kernel_scale, key.shape[-1], positive=True)
+    resolved = resolve_strength(strength, key, key.shape[1])
+    key, value = autocast(key), autocast(value)
+    if impl == "reference":
+        check_strength_contents(resolved)
+        offsets = cu_seqlens.tolist()
+        check_offsets(offsets, key.shape[0], max_seqlen)
+        with no_autocast(key):
+            return reference.precondition_varlen(
+                key, value, offsets, kernel_scale=kernel_scale, strength=resolved
+            )
+    solved: Tensor = operators.precondition_varlen(
+        key, value, cu_seqlens, resolved, max_seqlen, kernel_scale
+    )
+    return solved

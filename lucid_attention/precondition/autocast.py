@@ -1,0 +1,26 @@
+"""Autocast as SDPA treats it: inputs are cast on the way in, nothing is rounded inside."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """Cast as autocast casts the inputs of ``F.scaled_dot_product_attention``: not float64."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device, for one
+        return tensor
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast would round the operands of every product inside to half precision."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

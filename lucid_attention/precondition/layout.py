@@ -1,0 +1,144 @@
+"""Batches and packed sequences as the chains that the blocked solve works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import blocked
+from .blocked import Keys, Rows
+from .reference import compute_dtype
+from .validation import check_offsets
+
+# Columns that a tile should at least span before more chains share it.
+_MIN_TILE_WIDTH = 512
+
+
+class Chains:
+    """A dense batch seen as ``batch * heads`` independent chains, a few of them at a time."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        strength: Tensor | None,
+        key_mask: Tensor | None,
+        past_key: Tensor | None,
+        past_preconditioned: Tensor | None,
+        kernel_scale: float,
+    ) -> None:
+        self.batch, self.heads, self.seq, _ = key.shape
+        self.dtype = compute_dtype(key)
+        self.kernel_scale = kernel_scale
+        self.mask = key_mask
+        if key_mask is not None:
+            key = torch.where(key_mask[:, None, :, None], key, 0.0)
+        self.key = flat(key, self.dtype)
+        self._strength = None if strength is None else strength.repeat(self.batch)
+        self.past_key: Tensor | None = None
+        self.past_preconditioned: Tensor | None = None
+        if past_key is not None and past_preconditioned is not None:
+            # A padded row of the past (y = 0) answers nothing; what its key holds must not matter.
+            empty = (past_preconditioned == 0).all(-1, keepdim=True)
+            past_key = torch.where(empty & ~past_key.isfinite(), 0.0, past_key)
+            self.past_key = flat(past_key, self.dtype)
+            self.past_preconditioned = flat(past_preconditioned, self.dtype)
+
+    def parts(self) -> Iterator[slice]:
+        return parts_of(self.key)
+
+    def keys(self, part: slice) -> Keys:
+        return blocked.make_keys(self.key[part], self._reference(part), self.kernel_scale)
+
+    def past(self, part: slice) -> tuple[Keys, Tensor] | None:
+        if self.past_key is None or self.past_preconditioned is None:
+            return None
+        keys = blocked.make_keys(self.past_key[part], self._reference(part), self.kernel_scale)
+        return keys, self.past_preconditioned[part]
+
+    def strength(self, part: slice) -> Tensor | None:
+        return column(self._strength, part, self.dtype)
+
+    def tokens(self, part: slice) -> Tensor | None:
+        if self.mask is None:
+            return None
+        index = torch.arange(part.start, part.stop, device=self.mask.device) // self.heads
+        return self.mask[index][..., None]
+
+    def _reference(self, part: slice) -> Tensor:
+        """Normalised key of each chain's first token, which the kernel is centred on."""
+        if self.past_key is not None and self.past_key.shape[1] > 0:
+            return blocked.normalize(self.past_key[part, :1])
+        tokens = self.tokens(part)
+        key = self.key[part]
+        if tokens is None or self.seq == 0:
+            return blocked.normalize(key[:, :1]) if self.seq else key.new_zeros(1, 1, key.shape[-1])
+        first = tokens.to(torch.uint8).argmax(1, keepdim=True)
+        return blocked.normalize(key.take_along_dim(first, 1))
+
+
+class Packed:
+    """Packed sequences seen as one chain per head whose rows know where their sequence starts."""
+
+    def __init__(self, cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
+        device = cu_seqlens.device
+        block_starts = range(0, total, blocked.BLOCK)
+        first_column: list[int]
+        if device.type == "cpu" or max_seqlen is None:
+            offsets = cu_seqlens.tolist()
+            check_offsets(offsets, total, max_seqlen)
+        offsets_end = cu_seqlens.long()
+        position = torch.arange(total, device=device)
+        sequence = torch.searchsorted(offsets_end[1:], position, right=True)
+        # Out of range only where the offsets are wrong and could not be read: stay in bounds.
+        sequence.clamp_(max=max(0, cu_seqlens.shape[0] - 2))
+        self.starts = offsets_end[sequence] if total else position
+        self.ends = offsets_end[1:][sequence] if total else position
+        if device.type == "cpu" or max_seqlen is None:
+            first_column = self.starts[:: blocked.BLOCK].tolist()
+        else:
+            first_column = [max(0, start - max_seqlen + 1) for start in block_starts]
+        self.rows = Rows(None, self.starts, tuple(first_column))
+
+    def keys(self, key: Tensor, kernel_scale: float) -> Keys:
+        reference = blocked.normalize(key.index_select(1, self.starts))
+        return blocked.make_keys(key, reference, kernel_scale)
+
+    def after(self, bad: Tensor) -> Tensor:
+        """True from the first bad row of a sequence to its end; ``(heads, total)``."""
+        count = bad.cumsum(-1)
+        return count > self._before(bad, count)
+
+    def anywhere(self, bad: Tensor) -> Tensor:
+        """True on every row of a sequence that has a bad one; ``(heads, total)``."""
+        count = bad.cumsum(-1)
+        return count[:, self.ends - 1] > self._before(bad, count)
+
+    def _before(self, bad: Tensor, count: Tensor) -> Tensor:
+        return count[:, self.starts] - bad[:, self.starts].long()
+
+
+def parts_of(chains: Tensor) -> Iterator[slice]:
+    """Split ``(C, N, ..)`` so that a tile of a useful shape over a part stays within its budget."""
+    count, seq = chains.shape[:2]
+    height = max(1, min(seq, blocked.BLOCK))
+    width = max(1, min(seq, _MIN_TILE_WIDTH))
+    step = max(1, blocked.tile_elements(chains.device) // (height * width))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def flat(tensor: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """``(batch, heads, seq, width)`` as contiguous ``(batch * heads, seq, width)``."""
+    tensor = tensor.to(dtype, memory_format=torch.contiguous_format, copy=copy).contiguous()
+    return tensor.view(-1, *tensor.shape[2:]) if tensor.numel() else tensor.flatten(0, 1)
+
+
+def heads_first(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(total, heads, width)`` as a contiguous copy ``(heads, total, width)``."""
+    return packed.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def column(strength: Tensor | None, part: slice, dtype: torch.dtype) -> Tensor | None:
+    return None if strength is None else strength[part, None, None].to(dtype)

@@ -1,0 +1,92 @@
+"""Shared test set-up: threads, hypothesis profile, keys that exercise LUCID, GPU skipping."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+# Two pytest workers share two cores: more threads a worker only makes them wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: run `make test-gpu` on a machine with one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill freshly allocated memory with NaN, so that reading it unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+Keys = Callable[..., Tensor]
+
+
+def make_keys(
+    kind: str, *shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> Tensor:
+    """Keys ``(..., seq, head_dim)`` of a named kind.
+
+    ``cosX``: every pair has cosine X; ``identical``; ``repeated``: eight keys written over and over;
+    ``zero``; ``huge`` (1e4) and ``tiny`` (1e-20); ``mixed``: some of each in one sequence.
+    """
+    random = torch.randn(*shape, dtype=torch.float64)
+    shared = torch.randn(*shape[:-2], 1, shape[-1], dtype=torch.float64).expand(shape)
+    if kind.startswith("cos"):
+        cosine = float(kind[3:])
+        keys = math.sqrt(cosine) * shared + math.sqrt(1 - cosine) * random
+    elif kind == "identical":
+        keys = shared.clone()
+    elif kind == "repeated":
+        pick = torch.randint(0, 8, (shape[-2],))
+        keys = random[..., pick.clamp(max=max(0, shape[-2] - 1)), :]
+    elif kind == "zero":
+        keys = torch.zeros(shape, dtype=torch.float64)
+    elif kind == "huge":
+        keys = 1e4 * random
+    elif kind == "tiny":
+        keys = 1e-20 * random
+    elif kind == "mixed":
+        keys = random.clone()
+        keys[..., 1::4, :] = 0.0
+        keys[..., 2::4, :] = shared[..., 2::4, :]
+        keys[..., 3::4, :] *= 1e4
+    else:
+        raise ValueError(kind)
+    return keys.to(device=device, dtype=dtype)
+
+
+HARD_KEYS = ("cos0", "cos0.5", "cos0.8", "cos0.99", "identical", "repeated", "zero", "huge", "tiny", "mixed")  # fmt: skip
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected|_F / |expected|_F``; infinite where something is not finite."""
+    got, expected = got.double(), expected.double()
+    if not bool(got.isfinite().all()):
+        return math.inf
+    norm = expected.norm().item()
+    difference = (got - expected).norm().item()
+    return difference / norm if norm > 0 else difference

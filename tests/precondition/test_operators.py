@@ -1,0 +1,167 @@
+"""The operators as PyTorch sees them: registration, fakes, torch.compile, memory, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lucid_attention import lucid_attention, precondition, precondition_varlen
+from lucid_attention.blocked_softmax import blocked_softmax
+from lucid_attention.precondition import blocked, operators
+from tests.conftest import make_keys, relative_error
+from tests.precondition.test_definition import pack
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # fmt: skip
+
+
+def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    key = make_keys("cos0.8", 2, 2, 20, 6, dtype=dtype).requires_grad_()
+    value = torch.randn(2, 2, 20, 4, dtype=dtype, requires_grad=True)
+    strength = torch.tensor([0.3, 1.0], requires_grad=True)
+    return key, value, strength
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("optional", [False, True])
+def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
+    key, value, strength = samples(dtype)
+    mask = torch.rand(2, 20) > 0.2
+    past_key = make_keys("cos0.8", 2, 2, 7, 6, dtype=dtype).requires_grad_()
+    past_y = torch.randn(2, 2, 7, 4, requires_grad=True)  # float32, also for bfloat16 values
+    extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
+    torch.library.opcheck(operators.precondition, (key, value, *extra, 0.4), test_utils=CHECKS)
+    y = operators.precondition(key, value, *extra, 0.4).detach()
+    backward = (torch.randn_like(y), key.detach(), y)
+    detached = tuple(x if x is None else x.detach() for x in extra)
+    torch.library.opcheck(
+        operators.precondition_backward, (*backward, *detached, 0.4), test_utils=CHECKS
+    )
+
+
+@pytest.mark.parametrize("longest", [None, 12])
+def test_opcheck_packed(longest: int | None) -> None:
+    key = make_keys("cos0.8", 20, 2, 6, dtype=torch.float32).requires_grad_()
+    value = torch.randn(20, 2, 4, requires_grad=True)
+    strength = torch.tensor([0.3, 1.0], requires_grad=True)
+    args = (key, value, pack((8, 0, 12)), strength, longest, 0.4)
+    torch.library.opcheck(operators.precondition_varlen, args, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_opcheck_blocked_softmax(softcap: float | None) -> None:
+    query = torch.randn(2, 4, 9, 6, requires_grad=True)
+    key = torch.randn(2, 2, 12, 6, requires_grad=True)
+    value = torch.randn(2, 2, 12, 5, requires_grad=True)
+    sinks = torch.randn(4, requires_grad=True)
+    position = torch.arange(9)
+    mask = torch.rand(2, 12) > 0.2
+    args = (query, key, value, position * 0, position + 3, mask, sinks, 0.4, softcap, None)
+    torch.library.opcheck(blocked_softmax, args, test_utils=CHECKS)
+
+
+def test_fakes_cost_nothing() -> None:
+    with torch.device("meta"):
+        key, value = torch.empty(1, 4, 1 << 20, 64), torch.empty(1, 4, 1 << 20, 32)
+        assert precondition(key, value).shape == value.shape
+        query = torch.empty(1, 8, 1 << 20, 64)
+        offsets = torch.empty(5, dtype=torch.int32)
+        packed = precondition_varlen(
+            key[0].mT.mT.transpose(0, 1), value[0].transpose(0, 1), offsets
+        )
+    assert packed.shape == (1 << 20, 4, 32)
+    assert query.shape[1] == 8
+
+
+def test_compile_one_graph_for_all_lengths() -> None:
+    compiled_graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        compiled_graphs.append(graph)
+        return graph
+
+    def function(query: Tensor, key: Tensor, value: Tensor, strength: Tensor) -> Tensor:
+        return lucid_attention(query, key, value, strength=strength)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    for seq in (5, 130, 17, 300):
+        query = torch.randn(2, 4, seq, 8)
+        key, value, strength = samples(torch.float32)
+        key, value = torch.randn(2, 2, 2, seq, 8).unbind(0)
+        got = compiled(query, key, value, strength.detach())
+        assert relative_error(got, function(query, key, value, strength)) < 1e-6
+    assert len(compiled_graphs) == 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compile_gradients(padded: bool) -> None:
+    mask = torch.rand(2, 20) > 0.3 if padded else None
+
+    def function(key: Tensor, value: Tensor, strength: Tensor) -> Tensor:
+        return lucid_attention(key, key, value, strength=strength, key_mask=mask).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    operands = samples(torch.float32)
+    expected = torch.autograd.grad(function(*operands), operands)
+    got = torch.autograd.grad(compiled(*operands), operands)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_error(g, e) < 1e-5
+
+
+def test_compile_packed_and_past_and_autocast() -> None:
+    def packed(key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
+        return precondition_varlen(key, value, offsets, max_seqlen=40)
+
+    def chunk(key: Tensor, value: Tensor, past_key: Tensor, past_y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return precondition(key, value, past=(past_key, past_y))
+
+    key, value = torch.randn(70, 2, 8), torch.randn(70, 2, 8)
+    offsets = pack((30, 40))
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(key, value, offsets), packed(key, value, offsets))
+    operands = [torch.randn(1, 2, n, 8) for n in (5, 5, 9, 9)]
+    compiled = torch.compile(chunk, fullgraph=True, dynamic=True, backend="aot_eager")
+    got = compiled(*operands)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, chunk(*operands))
+
+
+def test_repeats_bit_for_bit() -> None:
+    key, value, _ = (x.detach() for x in samples(torch.float32))
+    key = make_keys("cos0.9", 2, 2, 500, 16, dtype=torch.float32).requires_grad_()
+    value = torch.randn(2, 2, 500, 16)
+    runs = []
+    for _ in range(2):
+        y = precondition(key, value)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), key)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_neither_pass_holds_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that either pass makes is linear in N (measured by a dispatch mode)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+            return out
+
+    monkeypatch.setattr(blocked, "TILE_ELEMENTS_CPU", 1 << 12)
+    sizes = []
+    for seq in (1024, 4096):
+        key, value = torch.randn(2, 1, 1, seq, 16).unbind(0)
+        rows = blocked.Rows(None, None, None)
+        keys = blocked.make_keys(key[0], blocked.normalize(key[0, :, :1]), 0.25)
+        with Largest() as largest:
+            y = value[0].clone()
+            blocked.solve(keys, y, None, rows, None)
+            blocked.solve_adjoint(keys, y, torch.randn_like(y), None, rows, None)
+        sizes.append(largest.elements)
+    assert sizes[0] < 1024 * 1024 / 8
+    assert sizes[1] <= 4.1 * sizes[0]
