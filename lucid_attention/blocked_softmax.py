@@ -190,6 +190,7 @@ class _Problem:
         self.value = value.to(dtype).reshape(chains, *value.shape[2:])
         self.first, self.last = first, last
         self.scale, self.softcap, self.reach = scale, softcap, reach
+        self.reads_bounds = first.device.type == "cpu"
         self.tokens: Tensor | None = None
         self.sinks: Tensor | None = None
         if sinks is not None:
@@ -218,11 +219,10 @@ class _Problem:
     def blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """``(start, stop, low, high)``: a block of queries and the keys that they can see."""
         queries = self.query.shape[2]
-        on_host = self.first.device.type == "cpu"
         for start in range(0, queries, BLOCK):
             stop = min(start + BLOCK, queries)
             low, high = 0, self.keys
-            if on_host:
+            if self.reads_bounds:
                 low, high = int(self.first[start]), int(self.last[stop - 1]) + 1
             elif self.reach is not None:
                 low, high = max(0, start - self.reach + 1), stop

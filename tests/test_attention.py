@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lucid_attention import lucid_attention, lucid_attention_varlen
 from lucid_attention.attention import softmax_attention, softmax_attention_varlen
+from lucid_attention.blocked_softmax import _Problem
 from tests.conftest import make_keys, relative_error
 from tests.precondition.test_definition import LENGTHS, pack
 
@@ -222,6 +224,28 @@ def test_softmax_half_packed(extra: str) -> None:
         alone = naive(q, k, v, 0.4, **options)[0].transpose(0, 1)
         assert relative_error(got[part], alone) < 1e-6
         start += length
+
+
+def test_softmax_half_packed_without_reading_the_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the tiles to visit follow from the longest sequence alone."""
+    lengths = (5, 130, 260, 3)
+    leaves = tuple(
+        x.detach()[0].transpose(0, 1).requires_grad_()
+        for x in operands(1, 4, 2, sum(lengths), 12, 7)
+    )
+    expected = softmax_attention_varlen(*leaves, pack(lengths))
+    grads = gradients(expected, leaves)
+    blocks = _Problem.blocks
+
+    def unread(self: _Problem) -> Iterator[tuple[int, int, int, int]]:
+        self.reads_bounds = False
+        return blocks(self)
+
+    monkeypatch.setattr(_Problem, "blocks", unread)
+    got = softmax_attention_varlen(*leaves, pack(lengths), max_seqlen=260)
+    assert relative_error(got, expected) < EXACT
+    for g, e in zip(gradients(got, leaves), grads, strict=True):
+        assert relative_error(g, e) < EXACT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -108,7 +108,7 @@ def solve(
             answered = _answered(left, past[0].columns, past[1])
             block -= answered if strength is None else strength * answered
         if first < start:
-            known = _in_sequence(value[:, first:start], rows, first, start)
+            known = _in_sequence(value[:, first:start], _strangers(rows, first, start))
             answered = _answered(left, keys.columns[:, first:start], known)
             answered = _continuing(answered, rows, start, stop)
             block -= answered if strength is None else strength * answered
@@ -156,16 +156,16 @@ def solve_adjoint(
         toward_block = toward[:, start:stop]
         toward_block += torch.bmm(lower.mT, right)
         if first < start:
-            known = _in_sequence(solution[:, first:start], rows, first, start)
+            strangers = _strangers(rows, first, start)
             from_columns += _sweep(
                 left, right, _continuing(block, rows, start, stop), strength,
-                keys.columns[:, first:start], known,
-                grad[:, first:start], toward[:, first:start],
+                keys.columns[:, first:start], _in_sequence(solution[:, first:start], strangers),
+                grad[:, first:start], toward[:, first:start], strangers,
             )  # fmt: skip
         if past is not None:
             assert grad_past is not None and toward_past is not None
             from_columns += _sweep(
-                left, right, block, strength, past[0].columns, past[1], grad_past, toward_past
+                left, right, block, strength, past[0].columns, past[1], grad_past, toward_past, None
             )
         toward_block += from_columns
         grad_strength -= from_columns[..., keys.head_dim].sum(-1)  # times the feature 1: sum of T
@@ -198,15 +198,18 @@ def _sweep(
     solution: Tensor,
     grad_columns: Tensor,
     toward_columns: Tensor,
+    strangers: Tensor | None,
 ) -> Tensor:
     """One block row of the backward sweep against the given columns.
 
-    Subtracts from ``grad_columns``, adds to ``toward_columns``, returns ``sum_j T_ij columns_j``.
+    ``solution`` is 0 at strangers, so ``T`` is too; the adjoint has to be told. Subtracts from ``grad_columns``, adds to ``toward_columns``, returns ``sum_j T_ij columns_j``.
     """
     from_columns = torch.zeros_like(right)
     for low, high in _tiles(columns, left.shape[1]):
         kernel = torch.bmm(left, columns[:, low:high].mT).exp_()
         adjoint = torch.bmm(kernel.mT, grad_rows)
+        if strangers is not None:
+            adjoint.masked_fill_(strangers[low:high], 0.0)
         grad_columns[:, low:high] -= adjoint if strength is None else strength * adjoint
         kernel *= torch.bmm(grad_rows, solution[:, low:high].mT)
         from_columns.baddbmm_(kernel, columns[:, low:high])
@@ -226,12 +229,16 @@ def _diagonal_block(left: Tensor, keys: Keys, rows: Rows, start: int, stop: int)
     return kernel.masked_fill_(~coupled, 0.0)
 
 
-def _in_sequence(known: Tensor, rows: Rows, first: int, start: int) -> Tensor:
-    """Columns ``first:start``, 0 where they are not in the sequence that row ``start`` is in."""
+def _strangers(rows: Rows, first: int, start: int) -> Tensor | None:
+    """Columns ``first:start`` that are not in the sequence that row ``start`` is in, ``(M, 1)``."""
     if rows.starts is None:
-        return known
-    index = torch.arange(first, start, device=known.device)
-    return known.masked_fill((index < rows.starts[start])[:, None], 0.0)
+        return None
+    index = torch.arange(first, start, device=rows.starts.device)
+    return (index < rows.starts[start])[:, None]
+
+
+def _in_sequence(known: Tensor, strangers: Tensor | None) -> Tensor:
+    return known if strangers is None else known.masked_fill(strangers, 0.0)
 
 
 def _continuing(block: Tensor, rows: Rows, start: int, stop: int) -> Tensor:

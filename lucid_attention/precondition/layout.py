@@ -83,23 +83,28 @@ class Packed:
 
     def __init__(self, cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
         device = cu_seqlens.device
-        block_starts = range(0, total, blocked.BLOCK)
-        first_column: list[int]
-        if device.type == "cpu" or max_seqlen is None:
-            offsets = cu_seqlens.tolist()
-            check_offsets(offsets, total, max_seqlen)
-        offsets_end = cu_seqlens.long()
+        offsets = cu_seqlens.long()
         position = torch.arange(total, device=device)
-        sequence = torch.searchsorted(offsets_end[1:], position, right=True)
-        # Out of range only where the offsets are wrong and could not be read: stay in bounds.
+        sequence = torch.searchsorted(offsets[1:], position, right=True)
+        # Out of range only where the offsets are wrong and were not read: stay in bounds.
         sequence.clamp_(max=max(0, cu_seqlens.shape[0] - 2))
-        self.starts = offsets_end[sequence] if total else position
-        self.ends = offsets_end[1:][sequence] if total else position
-        if device.type == "cpu" or max_seqlen is None:
+        if self.reads_offsets(device, max_seqlen):
+            check_offsets(cu_seqlens.tolist(), total, max_seqlen)
+        self.starts = offsets[sequence] if total else position
+        self.ends = offsets[1:][sequence] if total else position
+        first_column: list[int]
+        if self.reads_offsets(device, max_seqlen):
             first_column = self.starts[:: blocked.BLOCK].tolist()
         else:
-            first_column = [max(0, start - max_seqlen + 1) for start in block_starts]
+            assert max_seqlen is not None
+            block_starts = range(0, total, blocked.BLOCK)
+            first_column = [min(start, max(0, start - max_seqlen + 1)) for start in block_starts]
         self.rows = Rows(None, self.starts, tuple(first_column))
+
+    @staticmethod
+    def reads_offsets(device: torch.device, max_seqlen: int | None) -> bool:
+        """Whether the host may know the offsets: without synchronising, or because it has to."""
+        return device.type == "cpu" or max_seqlen is None
 
     def keys(self, key: Tensor, kernel_scale: float) -> Keys:
         reference = blocked.normalize(key.index_select(1, self.starts))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lucid_attention import precondition, precondition_varlen
+from lucid_attention.precondition import layout
 from tests.conftest import HARD_KEYS, make_keys, relative_error
 from tests.precondition.test_definition import LENGTHS, pack
 
@@ -123,6 +124,29 @@ def test_packed_equal_separate(lengths: tuple[int, ...]) -> None:
         key, value, strength = leaves(*operands)
         y = precondition_varlen(key, value, pack(lengths), strength=strength, impl=impl)
         found.append(torch.autograd.grad(weighted_sum(y), [key, value, strength]))
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert relative_error(got, expected) < EXACT
+
+
+@pytest.mark.parametrize("lengths", [(5, 130, 260, 3), (64,) * 5, (300, 2)], ids=str)
+def test_packed_without_reading_the_offsets(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator with ``max_seqlen`` given, tiles hold columns of other sequences."""
+    total = sum(lengths)
+    operands = (
+        make_keys("cos0.8", 3, total, 6).transpose(0, 1),
+        torch.randn(total, 3, 5, dtype=torch.float64),
+        torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64),
+    )
+    found = []
+    for reads in (True, False):
+        monkeypatch.setattr(layout.Packed, "reads_offsets", lambda *_, reads=reads: reads)
+        key, value, strength = leaves(*operands)
+        y = precondition_varlen(
+            key, value, pack(lengths), max_seqlen=max(lengths), strength=strength
+        )
+        found.append([y, *torch.autograd.grad(weighted_sum(y), [key, value, strength])])
     for got, expected in zip(found[1], found[0], strict=True):
         assert relative_error(got, expected) < EXACT
 

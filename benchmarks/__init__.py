@@ -1,0 +1,1 @@
+"""Benchmarks: each checks correctness first, then times the solve beside its rivals in one run."""
