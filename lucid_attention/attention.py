@@ -36,6 +36,8 @@ except ImportError:
 
 # Queries per call where a mask has to be written out, so that it stays linear in the keys.
 _MASK_ROWS = 256
+# Below this, half precision cannot hold a feature that hides a key.
+_LEAST_SCALE = 1e-3
 
 
 def lucid_attention(
@@ -205,11 +207,14 @@ def softmax_attention(
     start = keys - queries if query_start is None else query_start
 
     fp64_device = query.dtype == torch.float64 and query.device.type != "cpu"
-    if softcap is not None or fp64_device:
+    # A feature's contribution is multiplied by scale: where that is tiny or negative, do without.
+    featureless = scale < _LEAST_SCALE and (key_mask is not None or sinks is not None)
+    if softcap is not None or fp64_device or featureless:
         if dropout:
             raise ValueError(
-                f"dropout must be 0 with softcap or in float64 on an accelerator, got {dropout}: "
-                f"no kernel offers both. Set the model's attention dropout to 0."
+                f"dropout must be 0 with softcap, in float64 on an accelerator, or with a mask and a "
+                f"scale below {_LEAST_SCALE}, got {dropout}: no kernel offers both. Set the model's "
+                f"attention dropout to 0."
             )
         position = torch.arange(queries, device=query.device)
         return blocked_softmax(

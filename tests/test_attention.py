@@ -194,6 +194,17 @@ def test_softmax_half(queries: int, padded: bool, extra: str, start: str) -> Non
         assert relative_error(g, e) < tolerance
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-6, 1e-3, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_any_scale_with_a_mask(scale: float, dtype: torch.dtype) -> None:
+    query, key, value = (x.detach().to(dtype) for x in operands(2, 4, 2, 50, 8, 8))
+    mask = torch.rand(2, 50) > 0.4
+    got = lucid_attention(query, key, value, scale=scale, key_mask=mask)
+    wide = (x.double() for x in (query, key, value))
+    exact = lucid_attention(*wide, scale=scale, key_mask=mask, impl="reference")
+    assert relative_error(got, exact) < (EXACT if dtype == torch.float64 else 2e-3)
+
+
 def test_softmax_half_hidden_keys_may_hold_anything() -> None:
     query, key, value = (torch.randn(2, 2, n, 8) for n in (3, 20, 20))
     mask = torch.rand(2, 20) > 0.4
@@ -269,7 +280,7 @@ def test_dropout_is_honoured_or_refused() -> None:
     kept = softmax_attention(query, key, value, dropout=0.5)
     assert kept.std() > 0.01  # without dropout every entry is 1
     assert kept.mean() == pytest.approx(1.0, abs=0.1)
-    with pytest.raises(ValueError, match=r"dropout must be 0 with softcap .*got 0.5"):
+    with pytest.raises(ValueError, match=r"dropout must be 0 with softcap, .*got 0.5"):
         softmax_attention(query, key, value, dropout=0.5, softcap=2.0)
 
 
