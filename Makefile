@@ -47,7 +47,7 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## the CPU benchmark of the solve: CSV and plot in benchmarks/results
-	$(BIN)/python -m benchmarks.solve_cpu
+	$(BIN)/python -m benchmarks.solve
 
 clean: ## remove the environments and caches (results/ stays)
 	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

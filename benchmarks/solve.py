@@ -1,12 +1,13 @@
-"""The blocked solve on a CPU, beside the dense route and softmax attention: time and peak memory.
+"""The blocked solve beside the dense route and softmax attention: time and peak memory.
 
-    python -m benchmarks.solve_cpu            # every shape, about 5 minutes on two cores
-    python -m benchmarks.solve_cpu --quick    # a few small shapes, to see that it runs
+    python -m benchmarks.solve                  # on the CPU, about 5 minutes on two cores
+    python -m benchmarks.solve --device cuda    # on a GPU, about a minute
+    python -m benchmarks.solve --quick          # a few small shapes, to see that it runs
 
-Writes ``solve-cpu.csv``, ``solve-cpu.json`` (conditions) and ``solve-cpu.png`` into
-``benchmarks/results`` (or ``--out``). Times include everything a call does. Rivals: ``dense``, the
-definition by ``torch.linalg.solve_triangular`` with autograd, and ``sdpa``, PyTorch's causal softmax
-attention on the same heads, which is what the solve is an addition to.
+Writes ``solve-DEVICE.csv``, ``.json`` (conditions) and ``.png`` into ``benchmarks/results`` (or
+``--out``). Times include everything a call does. Rivals: ``dense``, the definition by
+``torch.linalg.solve_triangular`` with autograd, and ``sdpa``, PyTorch's causal softmax attention on
+the same heads (on a GPU its default choice of back end), which the solve is an addition to.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from lucid_attention import precondition
 
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
 COSINE = 0.8
 GATE = 1e-5  # relative error against float64 that float32 has to keep
@@ -46,16 +48,24 @@ class Shape:
     head_dim: int
 
 
-SHAPES = [
+CPU_SHAPES = [
     *(Shape(4, seq, 64) for seq in (256, 1024, 4096, 8192, 16384)),
     *(Shape(4, seq, 128) for seq in (1024, 4096)),
     Shape(4, 4096, 68),
     Shape(1, 8192, 64),
     Shape(64, 256, 64),
 ]
+CUDA_SHAPES = [
+    *(Shape(32, seq, 128) for seq in (1024, 4096, 16384)),
+    *(Shape(32, seq, 64) for seq in (4096, 16384)),
+    Shape(32, 4096, 68),
+    Shape(8, 32768, 128),
+    Shape(1, 8192, 128),
+    Shape(256, 2048, 64),
+]
 QUICK = [Shape(2, 256, 64), Shape(2, 512, 16)]
 # One (heads, N, N) matrix above this is not attempted by the dense route (it makes several).
-DENSE_LIMIT = 1.2 * 2**30
+DENSE_LIMIT = {"cpu": 1.2 * 2**30, "cuda": 9 * 2**30}
 
 
 @dataclass(frozen=True)
@@ -99,26 +109,36 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def operands(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys with pairwise cosine 0.8, values and an output gradient, float32."""
+def operands(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys with pairwise cosine 0.8, values and an output gradient; bfloat16 on a GPU."""
     torch.manual_seed(0)
     size = (1, shape.heads, shape.seq, shape.head_dim)
     shared = torch.randn(1, shape.heads, 1, shape.head_dim)
     key = math.sqrt(COSINE) * shared + math.sqrt(1 - COSINE) * torch.randn(size)
-    return key, torch.randn(size), torch.randn(size)
+    dtype = DTYPES[device]
+    return tuple(x.to(device, dtype) for x in (key, torch.randn(size), torch.randn(size)))  # type: ignore[return-value]
 
 
-def relative_error(shape: Shape) -> float:
-    """Error of the blocked solve against itself in float64, one head."""
-    key, value, _ = (x[:, :1] for x in operands(shape))
+def relative_error(shape: Shape, device: str) -> float:
+    """Error of the blocked solve against itself in float64, one head, before the final rounding."""
+    key, value, _ = (x[:, :1].float() for x in operands(shape, device))
     exact = precondition(key.double(), value.double())
     got = precondition(key, value).double()
     return ((got - exact).norm() / exact.norm()).item()
 
 
-def peak_extra_mib(run: Callable[[], object]) -> float:
-    """Peak resident memory during ``run`` above what was resident before, by the kernel's count."""
+def peak_extra_mib(run: Callable[[], object], device: str) -> float:
+    """Peak memory during ``run`` above what was held before, its result included.
+
+    On a CPU resident memory as the operating system counts it, on a GPU PyTorch's allocator.
+    """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        kept = run()
+        del kept
+        return (torch.cuda.max_memory_allocated() - start) / 2**20
     # Hand freed memory back first, or a call that reuses it would seem to cost nothing.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -142,12 +162,12 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(points.tolist())  # type: ignore[return-value]
 
 
-def measure(shape: Shape, direction: str, seconds: float) -> list[Row]:
+def measure(shape: Shape, direction: str, seconds: float, device: str) -> list[Row]:
     """Time all implementations in turn, round after round, so that a drift meets them alike."""
-    key, value, grad = operands(shape)
+    key, value, grad = operands(shape, device)
     backward = direction == "forward+backward"
     names = list(IMPLEMENTATIONS)
-    if shape.heads * shape.seq**2 * 4 > DENSE_LIMIT:
+    if shape.heads * shape.seq**2 * 4 > DENSE_LIMIT[device]:
         names.remove("dense")
 
     def call(name: str) -> object:
@@ -160,17 +180,20 @@ def measure(shape: Shape, direction: str, seconds: float) -> list[Row]:
     memory = {}
     for name in names:
         call(name)
-        memory[name] = peak_extra_mib(lambda name=name: call(name))  # type: ignore[misc]
+        memory[name] = peak_extra_mib(lambda name=name: call(name), device)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in names}
     stop = time.perf_counter() + seconds
     while len(times["blocked"]) < 3 or (time.perf_counter() < stop and len(times["blocked"]) < 50):
         for name in names:
             start = time.perf_counter()
             call(name)
+            if device == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
 
     median = {name: quantiles(times[name])[1] for name in names}
     flops = (7 if backward else 2) * shape.heads * shape.seq**2 * shape.head_dim
+    error = relative_error(shape, device)
     rows = []
     for name in names:
         low, middle, high = quantiles(times[name])
@@ -179,7 +202,7 @@ def measure(shape: Shape, direction: str, seconds: float) -> list[Row]:
         rows.append(
             Row(
                 **asdict(shape),
-                dtype="float32",
+                dtype=str(key.dtype).removeprefix("torch."),
                 direction=direction,
                 impl=name,
                 ms_p20=round(low, 3),
@@ -192,13 +215,13 @@ def measure(shape: Shape, direction: str, seconds: float) -> list[Row]:
                 memory_ratio_dense=(
                     round(memory[name] / max(memory["dense"], 0.1), 3) if compared else None
                 ),
-                rel_err=float(f"{relative_error(shape):.2e}") if ours else None,
+                rel_err=float(f"{error:.2e}") if ours else None,
             )
         )
     return rows
 
 
-def conditions() -> dict[str, str | int | float]:
+def conditions(device: str) -> dict[str, str | int | float]:
     """What a reader needs to judge the numbers."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
@@ -214,7 +237,7 @@ def conditions() -> dict[str, str | int | float]:
     return {
         "commit": git.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -224,7 +247,7 @@ def conditions() -> dict[str, str | int | float]:
 
 
 def plot(rows: list[Row], facts: dict[str, str | int | float], path: Path) -> None:
-    """Time and memory against length at head size 64 and four heads, log-log."""
+    """Time and memory against length at the commonest head count and size, log-log."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -232,33 +255,36 @@ def plot(rows: list[Row], facts: dict[str, str | int | float], path: Path) -> No
 
     colours = {"blocked": "#0072b2", "dense": "#d55e00", "sdpa": "#777777"}
     labels = {"blocked": "LUCID solve, blocked", "dense": "LUCID solve, dense", "sdpa": "softmax attention (SDPA)"}  # fmt: skip
+    sizes = [(row.heads, row.head_dim) for row in rows]
+    heads, head_dim = max(set(sizes), key=sizes.count)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    lengths: set[int] = set()
     for direction, style in (("forward", "-"), ("forward+backward", "--")):
         for impl, colour in colours.items():
             line = [
-                r
-                for r in rows
-                if (r.impl, r.direction, r.heads, r.head_dim) == (impl, direction, 4, 64)
+                row
+                for row in rows
+                if (row.impl, row.direction, row.heads, row.head_dim)
+                == (impl, direction, heads, head_dim)
             ]
-            if not line:
-                continue
-            name = labels[impl] if style == "-" else None
+            label = labels[impl] if style == "-" else None
             for axis, field in zip(axes, ("ms_p50", "extra_mib"), strict=True):
-                points = [(r.seq, getattr(r, field)) for r in line if getattr(r, field) > 0]
-                axis.plot(
-                    *zip(*points, strict=True), style, color=colour, marker="o", ms=4, label=name
-                )
+                at = [row.seq for row in line]
+                axis.plot(at, [getattr(row, field) for row in line], style, color=colour, marker="o", ms=4, label=label)  # fmt: skip
+                lengths.update(at)
     for axis, title in zip(axes, ("time, ms (median)", "peak extra memory, MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="sequence length", title=title)
-        axis.set_xticks([256, 1024, 4096, 16384], ["256", "1K", "4K", "16K"])
+        ticks = sorted(lengths)
+        axis.set_xticks(ticks, [str(n) if n < 1024 else f"{n // 1024}K" for n in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=9)
     figure.text(
         0.01,
         0.01,
-        f"4 heads, D = 64, float32, key cosine {COSINE}; solid: forward, dashed: forward + backward. "
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}.",
+        f"{heads} heads, D = {head_dim}, {rows[0].dtype}, key cosine {COSINE}; solid: forward, "
+        f"dashed: forward + backward. {facts['device']}, torch {facts['torch']}, "
+        f"{facts['threads']} CPU threads, {facts['date']}.",
         fontsize=7.5,
         color="#555555",
     )
@@ -268,29 +294,34 @@ def plot(rows: list[Row], facts: dict[str, str | int | float], path: Path) -> No
 
 def main() -> None:
     """Gate, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time for each shape and pass")
+    parser.add_argument("--seconds", type=float, help="time for each shape and pass")
     options = parser.parse_args()
-    shapes = QUICK if options.quick else SHAPES
+    device: str = options.device
+    shapes = QUICK if options.quick else {"cpu": CPU_SHAPES, "cuda": CUDA_SHAPES}[device]
     for shape in tqdm(shapes, desc="correctness gate"):
-        error = relative_error(shape)
+        error = relative_error(shape, device)
         if error > GATE:
             raise SystemExit(f"{shape}: relative error {error:.1e} is above {GATE}; nothing timed.")
-    facts = conditions()
+    facts = conditions(device)
+    seconds = options.seconds or (0.2 if options.quick else {"cpu": 8.0, "cuda": 1.0}[device])
     rows: list[Row] = []
-    seconds = 0.2 if options.quick else options.seconds
     for shape in tqdm(shapes, desc="measuring"):
         for direction in ("forward", "forward+backward"):
-            rows += measure(shape, direction, seconds)
+            rows += measure(shape, direction, seconds, device)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "solve-cpu.csv").open("w", newline="") as file:
+    base = options.out / f"solve-{device}"
+    with base.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    (options.out / "solve-cpu.json").write_text(json.dumps(facts, indent=2) + "\n")
-    plot(rows, facts, options.out / "solve-cpu.png")
+    base.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    plot(rows, facts, base.with_suffix(".png"))
     for row in rows:
         if row.impl == "blocked":
             dense_ratio = "not run" if row.ratio_dense is None else f"{row.ratio_dense:.2f}"
@@ -299,7 +330,7 @@ def main() -> None:
                 f"{row.ms_p50:9.2f} ms  / dense {dense_ratio}  / sdpa {row.ratio_sdpa:.2f}  "
                 f"extra {row.extra_mib:.0f} MiB  error {row.rel_err:.1e}"
             )
-    print(f"written to {options.out}")
+    print(f"written to {base}.csv, .json, .png")
 
 
 if __name__ == "__main__":

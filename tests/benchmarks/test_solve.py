@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import solve_cpu
+from benchmarks import solve
 
 
 def test_quick_run_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["solve_cpu", "--quick", "--out", str(tmp_path)])
-    solve_cpu.main()
+    monkeypatch.setattr(sys, "argv", ["solve", "--quick", "--out", str(tmp_path)])
+    solve.main()
     rows = list(csv.DictReader((tmp_path / "solve-cpu.csv").open()))
     assert len(rows) == 2 * 2 * 3
     ours = [row for row in rows if row["impl"] == "blocked"]
     assert all(float(row["rel_err"]) < 1e-5 and float(row["ratio_sdpa"]) > 0 for row in ours)
-    assert {"commit", "date", "cpu", "torch"} <= set(json.loads((tmp_path / "solve-cpu.json").read_text()))  # fmt: skip
+    assert {"commit", "date", "device", "torch"} <= set(json.loads((tmp_path / "solve-cpu.json").read_text()))  # fmt: skip
     assert (tmp_path / "solve-cpu.png").stat().st_size > 10_000
 
 
 def test_a_wrong_solve_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["solve_cpu", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["solve", "--quick", "--out", str(tmp_path)])
     monkeypatch.setattr(
-        solve_cpu,
+        solve,
         "precondition",
         lambda key, value: value if value.element_size() == 4 else 2 * value,
     )
     with pytest.raises(SystemExit, match=r"relative error .* nothing timed"):
-        solve_cpu.main()
+        solve.main()
     assert not list(tmp_path.iterdir())
