@@ -19,6 +19,7 @@ import datetime
 import gc
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -92,9 +93,11 @@ class Row:
 def dense(key: Tensor, value: Tensor) -> Tensor:
     """What one writes without this library: the whole matrix and a triangular solve."""
     width = key.shape[-1]
+    key, given = key.float(), value.dtype  # the triangular solve takes no half precision
     keys = F.rms_norm(key, (width,), eps=1e-6)
     lower = torch.exp(keys @ keys.mT / math.sqrt(width) - math.sqrt(width)).tril()
-    return torch.linalg.solve_triangular(lower, value, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(lower, value.float(), upper=False, unitriangular=True)
+    return solved.to(given)
 
 
 def sdpa(key: Tensor, value: Tensor) -> Tensor:
@@ -235,7 +238,8 @@ def conditions(device: str) -> dict[str, str | int | float]:
         platform.processor(),
     )
     return {
-        "commit": git.stdout.strip() or "unknown",
+        # $COMMIT: where the benchmark runs on a copy of the tree without its history
+        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "date": datetime.date.today().isoformat(),
         "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
