@@ -257,7 +257,7 @@ def plot(rows: list[Row], facts: dict[str, str | int | float], path: Path) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"blocked": "#0072b2", "dense": "#d55e00", "sdpa": "#777777"}
+    colours = {"blocked": "#d55e00", "dense": "#e69f00", "sdpa": "#0072b2"}
     labels = {"blocked": "LUCID solve, blocked", "dense": "LUCID solve, dense", "sdpa": "softmax attention (SDPA)"}  # fmt: skip
     sizes = [(row.heads, row.head_dim) for row in rows]
     heads, head_dim = max(set(sizes), key=sizes.count)
