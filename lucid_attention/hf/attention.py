@@ -1,0 +1,389 @@
+"""The attention function behind `attn_implementation="lucid"`.
+
+    Y = L^-1 V            in the layers that `enable` chose, `lucid_attention.precondition`
+    O = softmax(...) Y    `lucid_attention.attention.softmax_attention`, memory linear in N
+
+What it does with a cache (hugging-face.md calls this the deferred commit):
+
+| layer and cache | values preconditioned | then |
+|---|---|---|
+| not a LUCID layer | none | plain attention |
+| no cache | all | |
+| LUCID cache layer, empty | all | committed |
+| LUCID cache layer, some past | the new ones, against `(K, Y)` | committed |
+| stock cache layer | all of them, again at every step | warned about once |
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lucid_attention import precondition, precondition_varlen
+from lucid_attention.attention import softmax_attention, softmax_attention_varlen
+
+from .cache import LucidLayer
+from .masks import Packing, convert_4d_mask, pack
+from .strength import SUBMODULE
+
+CONTEXT = "lucid_context"  # the keyword under which a decoder's hook hands it to every layer
+
+
+@dataclass
+class ForwardContext:
+    """What one forward pass of an enabled decoder tells its attention layers.
+
+    `cache`: the cache in use. `documents`: document numbers `(batch, seq)` of a packed batch.
+    `packing`, `masks`, `local_masks`: worked out by the first layer that needs them, then shared.
+    """
+
+    cache: Cache | None = None
+    documents: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    packing: Packing | None = None
+    masks: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    local_masks: dict[int, Tensor] = field(default_factory=dict)
+
+
+def lucid_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, in the form transformers' `AttentionInterface` calls.
+
+    Args:
+        module: the attention layer; a LUCID layer holds its strength as `module.lucid`.
+        query: `(B, H, Q, D)`; key, value: `(B, Hkv, KV, D)`, after the cache's update.
+        attention_mask: what `lucid_mask` returned, or a user's 4-D mask; a bool or additive 4-D
+            mask in sliding and chunked layers.
+        dropout, scaling, softcap, s_aux: of the softmax. The preconditioner's scale stays
+            `1/sqrt(D)`; it neither sees the softcap nor the sinks.
+        **kwargs: `lucid_context`, and whatever the model adds.
+
+    Returns:
+        `(B, Q, H, Dv)` and None: attention weights are never formed.
+
+    Raises:
+        ValueError: the model was not prepared by `enable`, a mask or a combination of arguments is
+            not supported (each message says which and what to do).
+    """
+    context: ForwardContext | None = kwargs.get(CONTEXT)
+    if context is None:
+        raise ValueError(
+            f'attn_implementation="lucid": {type(module).__name__} got no "{CONTEXT}" from its '
+            "decoder: the implementation was set after construction (call "
+            "lucid_attention.hf.enable(model) instead), or a layer was called by itself (run the "
+            "whole model), or this family does not hand its keyword arguments on to the attention "
+            "function (it is not supported)"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: attention weights are never formed with LUCID attention; "
+            "expected False, got True"
+        )
+    if _is_local(module, kwargs):
+        if context.documents is not None:
+            attention_mask = _within_documents(context, attention_mask, query.shape[2])
+        return _stock(
+            module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs
+        )
+
+    query, key, value = _autocast(query, key, value)
+    real, documents = attention_mask, context.documents
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if id(attention_mask) not in context.masks:
+            context.masks[id(attention_mask)] = convert_4d_mask(
+                attention_mask, query.shape[0], query.shape[2], key.shape[2]
+            )
+        real, documents = context.masks[id(attention_mask)]
+
+    index: int = module.layer_idx  # type: ignore[assignment]
+    layer = None
+    if context.cache is not None and index < len(context.cache.layers):
+        layer = context.cache.layers[index]
+    softmax = _Softmax(scaling, softcap, s_aux, dropout)
+    lucid = getattr(module, SUBMODULE, None)
+
+    if documents is not None or context.cu_seqlens is not None:
+        if context.cache is not None:
+            raise ValueError(
+                "attention_mask: packed documents cannot be cached, because a cache does not know "
+                "where they start; pass use_cache=False and no past_key_values"
+            )
+        output = _packed(context, lucid, query, key, value, real, documents, softmax)
+    elif isinstance(layer, LucidLayer) and layer.pending is not None:
+        output = _cached(layer, lucid, query, real, softmax)
+    else:
+        keys, values, real, start = _aligned(layer, query.shape[2], key, value, real)
+        if lucid is not None:
+            if keys.shape[2] > query.shape[2] and not torch.compiler.is_compiling():
+                warn_once(
+                    "stock cache",
+                    "this cache layer holds raw values, so LUCID attention preconditions all of "
+                    "them again at every step: correct, and slow. A new cache (LucidCache, an "
+                    "empty DynamicCache or StaticCache, or none) is upgraded by itself in a model "
+                    "prepared with lucid_attention.hf.enable.",
+                )
+            values = precondition(
+                keys, values, strength=lucid(values), key_mask=real, impl=lucid.impl
+            )
+        output = softmax(query, keys, values, real, start)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class _Softmax:
+    """The softmax half of a layer, with what the model asks of it."""
+
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        query_start: Tensor | None = None,
+    ) -> Tensor:
+        return softmax_attention(
+            query,
+            key,
+            value.to(query.dtype),
+            scale=self.scale,
+            key_mask=key_mask,
+            query_start=query_start,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            dropout=self.dropout,
+        )
+
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """The same for packed documents, `(total, heads, D)`."""
+        value = value.to(query.dtype)
+        if self.dropout == 0.0:
+            return softmax_attention_varlen(
+                query,
+                key,
+                value,
+                packing.cu_seqlens,
+                max_seqlen=packing.max_seqlen,
+                scale=self.scale,
+                softcap=self.softcap,
+                sinks=self.sinks,
+            )
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "position_ids: packed documents with attention dropout cannot be compiled; set the "
+                "model's attention_dropout to 0, or run without torch.compile"
+            )
+        # No kernel takes packed documents and dropout at once, so one document at a time.
+        rows = []
+        for start, end in itertools.pairwise(packing.cu_seqlens.tolist()):
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            rows.append(self(q, k, v, None)[0].transpose(0, 1))
+        return torch.cat(rows)
+
+
+def _cached(
+    layer: LucidLayer, lucid: Any, query: Tensor, real: Tensor | None, softmax: _Softmax
+) -> Tensor:
+    """Preconditions the pending rows against the cached `(K, Y)`, commits them, attends to all."""
+    pending = layer.pending
+    assert pending is not None
+    length = query.shape[2]
+    keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
+    past = pending.past
+    if pending.position is None:
+        new_real = None if real is None else real[:, -length:]
+        past_keys = keys[:, :, : keys.shape[2] - length]
+    else:
+        new_real = None if real is None else real.index_select(1, pending.position)
+        past_keys = keys  # the rows of Y that are still zero change nothing
+    if layer.float32:
+        # Y comes back in value's dtype: ask for float32, so the cache is not rounded through bf16.
+        past_keys, key, value = past_keys.float(), key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False) if layer.float32 else nullcontext():
+        new = precondition(
+            key,
+            value,
+            strength=lucid(value),
+            key_mask=new_real,
+            past=(past_keys, past) if past.shape[2] > 0 else None,
+            impl=lucid.impl,
+        )
+    values = layer.commit(new)
+    keys, values, real, start = _aligned(layer, length, keys, values, real)
+    return softmax(query, keys, values, real, start)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Casts as autocast does before SDPA: RoPE leaves keys in float32 beside half-width values."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _aligned(
+    layer: Any, length: int, keys: Tensor, values: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Static buffers end in rows that are not written yet: where do the queries stand in them?
+
+    Returns keys, values, mask and the position of the first query, None if the ends are aligned.
+    """
+    if not isinstance(layer, StaticLayer) or keys.shape[2] == length:
+        return keys, values, real, None
+    if length == 1 and real is not None:
+        return keys, values, real, None  # one query sees whatever the mask leaves
+    if torch.compiler.is_compiling():
+        return keys, values, real, layer.cumulative_length - length
+    # Prefill runs eagerly; cutting the buffers there lets the fused causal kernels do it.
+    end = int(layer.cumulative_length)
+    return keys[:, :, :end], values[:, :, :end], None if real is None else real[:, :end], None
+
+
+def _packed(
+    context: ForwardContext,
+    lucid: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    documents: Tensor | None,
+    softmax: _Softmax,
+) -> Tensor:
+    """Documents packed into rows: each is solved and attended to by itself."""
+    if context.packing is None:
+        if context.cu_seqlens is not None:
+            longest = context.max_seqlen or key.shape[0] * key.shape[2]
+            context.packing = Packing(None, context.cu_seqlens.to(torch.int32), longest)
+        else:
+            assert documents is not None
+            context.packing = pack(documents, real)
+    packing = context.packing
+    batch, _, seq, _ = query.shape
+
+    def gather(x: Tensor) -> Tensor:
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat if packing.index is None else flat[packing.index]
+
+    q, k, v = gather(query), gather(key), gather(value)
+    if lucid is not None:
+        v = precondition_varlen(
+            k,
+            v,
+            packing.cu_seqlens,
+            max_seqlen=packing.max_seqlen,
+            strength=lucid(v),
+            impl=lucid.impl,
+        )
+    output = softmax.packed(q, k, v, packing)
+    if packing.index is not None:
+        scattered = output.new_zeros((batch * seq, *output.shape[1:]))
+        output = scattered.index_copy(0, packing.index, output)
+    return output.unflatten(0, (batch, seq)).transpose(1, 2)
+
+
+def _is_local(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this layer is sliding or chunked, so that its mask is transformers' own."""
+    config: Any = module.config
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return bool(layer_types[module.layer_idx] != "full_attention")
+    return kwargs.get("sliding_window") is not None
+
+
+def _within_documents(context: ForwardContext, mask: Tensor | None, length: int) -> Tensor:
+    """The mask of a local layer, cut at the documents. Most families' masks are already, and then
+    this changes nothing; GPT-OSS does not tell its masks about packing (transformers 5.17, 5.23).
+    """
+    if id(mask) not in context.local_masks:
+        documents = context.documents
+        assert documents is not None
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        if mask is None:
+            same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+        else:
+            same = same & mask  # bool: `lucid_mask` made it, a packed batch comes without a mask
+        context.local_masks[id(mask)] = same
+    return context.local_masks[id(mask)]
+
+
+def _stock(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """A sliding or chunked layer, as the model would run it without LUCID."""
+    kwargs = {name: kwarg for name, kwarg in kwargs.items() if name != CONTEXT}
+    if softcap is None and s_aux is None:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    # transformers' sdpa function has neither softcap nor sinks; the model's own eager one has.
+    if attention_mask is None:
+        # None is how transformers writes "causal", and after it the unused end of a static buffer.
+        length = query.shape[2]
+        if length > 1:
+            key, value = key[:, :, :length], value[:, :, :length]
+        ones = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = (ones.tril() if length > 1 else ones)[None, None]
+    if attention_mask.dtype == torch.bool:
+        blocked = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+            ~attention_mask, blocked
+        )
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    output, _ = eager(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+        **kwargs,
+    )
+    return output, None
+
+
+_WARNED: set[str] = set()
+
+
+def warn_once(key: str, message: str) -> None:
+    """Warns once a process for each key."""
+    if key not in _WARNED:
+        _WARNED.add(key)
+        warnings.warn(message, stacklevel=2)

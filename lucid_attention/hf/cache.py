@@ -1,0 +1,259 @@
+"""A key-value cache that holds `(K, Y)`, keys and preconditioned values, in place of `(K, V)`.
+
+A cache's `update` never sees the padding mask, so it cannot precondition. Hence the *deferred
+commit*: `update` stores the new keys and keeps the raw new values pending; the attention function,
+which has the mask, solves for the new rows of `Y` and commits them with `commit`.
+
+What keeps a cache from silently meaning something else: only a decoder that `enable` has prepared
+arms a LUCID layer, and `update` refuses to run unarmed, so no softmax layer ever reads `Y` as `V`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
+
+# transformers >= 5.18 has a common base of all its quantised layers.
+_QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
+
+__all__ = ["LucidCache"]
+
+
+@dataclass
+class Pending:
+    """What one forward pass has handed to a layer and not yet committed.
+
+    `key`, `value`: the new rows, `(B, Hkv, Q, D)` and `(B, Hkv, Q, Dv)`. `all_keys`, `past`: the
+    layer's keys with the new ones, and its `Y` so far, as they were on the compute device: an
+    offloaded cache moves the layer's own tensors away before attention runs. `position`: rows of
+    the static buffers that the new tokens take, None for a growing layer.
+    """
+
+    key: Tensor
+    value: Tensor
+    all_keys: Tensor
+    past: Tensor
+    position: Tensor | None = None
+
+
+class LucidLayer:
+    """What growing and static LUCID layers share: arming, the pending rows, the checks."""
+
+    armed = False
+    pending: Pending | None = None
+    float32 = False
+    keys: Any
+    values: Any
+
+    def begin(self, key: Tensor, value: Tensor) -> None:
+        """Checks that this forward pass may use the layer."""
+        if not self.armed:
+            raise ValueError(
+                "past_key_values: this cache holds preconditioned values of a LUCID model and was "
+                "handed to a layer that is not one of its LUCID layers (another model, or the same "
+                "model without LUCID); expected the model that filled it; start with a new cache"
+            )
+        if self.pending is not None:
+            raise ValueError(
+                "past_key_values: an earlier forward pass was interrupted between writing keys and "
+                "committing values, so this cache is incomplete; start with a new cache"
+            )
+        if self.keys is not None and self.keys.numel() > 0:
+            expected = (*self.keys.shape[:2], self.keys.shape[-1], self.values.shape[-1])
+            got = (*key.shape[:2], key.shape[-1], value.shape[-1])
+            if expected != got:
+                raise ValueError(
+                    "past_key_values: expected keys and values with (batch, KV heads, key width, "
+                    f"value width) = {expected}, as the cache holds, got {got}; the cache belongs "
+                    "to another model or batch; start with a new cache"
+                )
+        self.armed = False
+
+    def commit(self, preconditioned: Tensor) -> Tensor:
+        """Stores the new rows of `Y`; returns all of `Y`, on the compute device."""
+        raise NotImplementedError
+
+
+class LucidDynamicLayer(LucidLayer, DynamicLayer):
+    """A growing layer of `(K, Y)`; cropping, reordering, repeating are the base class's."""
+
+    def __init__(self, float32: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.float32 = float32
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        dtype = torch.float32 if self.float32 else value_states.dtype
+        self.values = torch.tensor([], dtype=dtype, device=self.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends the keys, keeps the values pending; returns all keys and the *raw new* values."""
+        self.begin(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        past = self.values
+        if past.numel() == 0:
+            past = past.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
+        self.keys = keys
+        self.pending = Pending(key_states, value_states, keys, past)
+        return keys, value_states
+
+    def commit(self, preconditioned: Tensor) -> Tensor:
+        assert self.pending is not None
+        values = torch.cat([self.pending.past, preconditioned.to(self.pending.past.dtype)], dim=-2)
+        # An offloading cache has moved the keys to the host since `update`; the values follow. The
+        # copy blocks: the next prefetch reads the host copy from another stream.
+        self.values = values.to(self.keys.device)
+        self.pending = None
+        return values
+
+
+class LucidStaticLayer(LucidLayer, StaticLayer):
+    """A layer of `(K, Y)` with fixed buffers, for `torch.compile`.
+
+    The rows of `Y` that are not written yet are zero, and a zero row changes no solve.
+    """
+
+    def __init__(self, max_cache_len: int, float32: bool = False, **kwargs: Any) -> None:
+        super().__init__(max_cache_len=max_cache_len, **kwargs)
+        self.float32 = float32
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        dtype = torch.float32 if self.float32 else value_states.dtype
+        super().lazy_initialization(key_states, value_states)
+        if self.values.dtype != dtype:
+            self.values = self.values.to(dtype)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.values)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the keys, keeps the values pending; returns all keys and the *raw new* values."""
+        self.begin(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = key_states.shape[-2]
+        position = torch.arange(length, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(length)
+        self.keys.index_copy_(2, position, key_states)
+        self.pending = Pending(key_states, value_states, self.keys, self.values, position)
+        return self.keys, value_states
+
+    def commit(self, preconditioned: Tensor) -> Tensor:
+        assert self.pending is not None and self.pending.position is not None
+        rows = preconditioned.to(self.pending.past.dtype)
+        values, position = self.pending.past, self.pending.position
+        values.index_copy_(2, position, rows)
+        if self.values is not values:
+            # The layer was offloaded after `update`: its buffer is a copy made on the host, which
+            # the commit above did not reach.
+            self.values.index_copy_(2, position.to(self.values.device), rows.to(self.values.device))
+        self.pending = None
+        return values
+
+
+class LucidCache(DynamicCache):
+    """A growing cache for a LUCID model: `(K, Y)` in its LUCID layers, stock layers elsewhere.
+
+    It has a stock cache's size and methods (crop, reorder, repeat, select, deepcopy, pickle).
+    `generate()` and a forward pass with `use_cache=True` make their own; build one yourself to
+    choose `float32`, or to continue a conversation.
+
+    Args:
+        config: the config of an enabled model (`model.config`); None lets the model fill in the
+            layers on its first use.
+        float32: keep `Y` in float32 whatever the values' dtype. New rows solved from a bf16 past
+            are 1.6 to 3 times less accurate than one full solve on correlated keys.
+        **kwargs: as for `transformers.DynamicCache` (`offloading`, ...).
+
+    Raises:
+        TypeError: `config` is not a transformers config.
+        ValueError: `config` is not that of a LUCID model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lucid_attention.hf import LucidCache, enable
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=2)
+        >>> model = enable(LlamaForCausalLM(config))
+        >>> cache = LucidCache(model.config)
+        >>> _ = model(input_ids=__import__("torch").tensor([[1, 2, 3]]), past_key_values=cache)
+        >>> cache.get_seq_length()
+        3
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        float32: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"config: expected a transformers config (model.config), got {type(config).__name__}"
+            )
+        lucid = getattr(config, "lucid", None)
+        if config is not None and not isinstance(lucid, dict):
+            raise ValueError(
+                "config: expected the config of a LUCID model, got one without LUCID layers "
+                f"({type(config).__name__}); call lucid_attention.hf.enable(model) first"
+            )
+        super().__init__(config=config, **kwargs)
+        self.float32 = float32
+        if isinstance(lucid, dict):
+            upgrade(self, lucid["layers"], len(self.layers))
+
+
+def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> None:
+    """Swaps the *empty* stock layers of `cache` at `lucid_layers` for LUCID layers, in place.
+
+    It looks at types and at `is_initialized` only: asking a static layer for its length would
+    break compilation. Layers of other kinds stay; the attention function recomputes what they hold.
+    """
+    if cache.layer_class_to_replicate is DynamicLayer:
+        while len(cache.layers) < number_of_layers:
+            cache.layers.append(DynamicLayer())
+    float32 = getattr(cache, "float32", False)
+    for index in lucid_layers:
+        if index >= len(cache.layers):
+            continue
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = LucidDynamicLayer(float32)
+        elif type(layer) is StaticLayer and not layer.is_initialized:
+            cache.layers[index] = LucidStaticLayer(layer.max_cache_len, float32)
+
+
+def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> None:
+    """Prepares a cache for one forward pass of the model with these LUCID layers.
+
+    Raises ValueError if the cache belongs to a model with other LUCID layers, or is quantised.
+    """
+    upgrade(cache, lucid_layers, number_of_layers)
+    expected = set(lucid_layers)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LucidLayer):
+            if index not in expected or len(cache.layers) > number_of_layers:
+                raise ValueError(
+                    f"past_key_values: layer {index} of this cache holds preconditioned values, "
+                    f"but the model's LUCID layers are {sorted(expected)} of {number_of_layers}; "
+                    "the cache belongs to another model; start with a new cache"
+                )
+            layer.armed = True
+        elif index in expected and isinstance(layer, _QUANTIZED):
+            raise ValueError(
+                "past_key_values: quantised caches are not supported with LUCID attention: they "
+                "quantise the raw values before these can be preconditioned; use the default "
+                "(dynamic) or the static cache"
+            )

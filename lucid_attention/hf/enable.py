@@ -1,0 +1,277 @@
+"""`enable`: one line that switches a decoder to LUCID attention, and `disable`, the way back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lucid_attention.precondition.validation import resolve_impl
+
+from .checkpoint import (
+    IMPLEMENTATION,
+    LucidConfigMixin,
+    LucidModelMixin,
+    lucid_config_class,
+    lucid_model_class,
+)
+from .eligibility import (
+    attention_layers,
+    chosen_layers,
+    eligible_layers,
+    pretrained_model,
+    warn_if_untested,
+)
+from .hook import before_forward
+from .strength import (
+    SUBMODULE,
+    FixedStrength,
+    LearnedStrength,
+    kv_heads_of,
+    parse_strength,
+    per_layer,
+    strength_modules,
+)
+
+__all__ = ["disable", "enable", "strengths"]
+
+
+def enable(
+    model: nn.Module,
+    *,
+    layers: Iterable[int] | None = None,
+    strength: float | str | Tensor | None = None,
+    impl: str = "auto",
+) -> nn.Module:
+    """Switches a decoder model to LUCID attention, in place, for training and for inference.
+
+    In its LUCID layers the model then computes `softmax(scale Q K^T + causal) Y` with
+    `Y = L^-1 V`, see `lucid_attention.precondition`; the other layers stay as they are. The model
+    becomes an instance of a LUCID subclass of its own class (`LucidLlamaForCausalLM`), with a copy
+    of its config, so `save_pretrained` and `from_pretrained` keep LUCID, its layers and strengths.
+    Calling it again replaces the whole setting; `disable(model)` goes back to softmax.
+
+    Args:
+        model: a transformers decoder (causal LM, base model, classification head, ...), loaded or
+            fresh, or a PEFT model around one. Pass the outermost model, before FSDP or DDP wrap it.
+        layers: indices of the layers to switch (negative ones count from the end); None: every
+            full-attention layer. Sliding-window and chunked layers cannot be switched.
+        strength: `b` in `L_b = I + b * strictly-lower(P)`. None: 1, LUCID. A number in [0, 1]; 0 is
+            softmax exactly. A tensor `(kv_heads,)` or `(LUCID layers, kv_heads)`. "learned": one
+            trained parameter per KV head, starting from the model's present strength, which is 0
+            for a softmax model, so that its loss does not jump. See also `StrengthSchedule`.
+        impl: of the preconditioner, as for `lucid_attention.precondition`. It is not saved.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a transformers model, or an argument has another type.
+        ValueError: the model has no layer that LUCID can take, or is of an unsupported kind
+            (encoder, encoder-decoder, multimodal, MLA, own attention code); `layers`, `strength` or
+            `impl` out of range; a learned strength in a PEFT model that would not train it.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lucid_attention.hf import enable
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=2, num_attention_heads=2)
+        >>> model = enable(LlamaForCausalLM(config), layers=[1], strength=0.5)
+        >>> type(model).__name__, model.config.lucid
+        ('LucidLlamaForCausalLM', {'layers': [1], 'strength': 0.5})
+    """
+    pretrained = pretrained_model(model)
+    resolve_impl(impl)
+    attention = attention_layers(pretrained)
+    eligible = eligible_layers(pretrained, attention)
+    chosen = chosen_layers(layers, eligible, attention)
+    kv_heads = {index: kv_heads_of(attention[index]) for index in chosen}
+    if strength is None or isinstance(strength, (str, int, float)):
+        parsed = parse_strength(strength, len(chosen), 1)
+    else:
+        if len(set(kv_heads.values())) > 1:
+            raise ValueError(
+                f"strength: expected one number, because the layers have different numbers of KV "
+                f"heads ({kv_heads}); got a {type(strength).__name__}"
+            )
+        parsed = parse_strength(strength, len(chosen), next(iter(kv_heads.values())))
+    if parsed == "learned" and _is_peft(model, pretrained):
+        _check_peft_trains(attention, chosen)
+
+    warn_if_untested(pretrained)
+    _become_lucid(model, pretrained)
+    decoder = pretrained.base_model
+    decoder.config.lucid = {"layers": chosen, "strength": parsed}
+    for index, module in attention.items():
+        if index not in chosen:
+            if hasattr(module, SUBMODULE):
+                delattr(module, SUBMODULE)
+            continue
+        _install_strength(module, parsed, chosen.index(index), len(chosen), impl)
+    if before_forward not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
+    return model
+
+
+def disable(model: nn.Module, attn_implementation: str = "sdpa") -> nn.Module:
+    """Goes back from LUCID to softmax attention, in place: the model's stock class, config, layers.
+
+    Learned strengths are dropped.
+
+    Args:
+        model: a model that `enable` switched, or a LUCID checkpoint loaded.
+        attn_implementation: "sdpa", "eager" and so on, as transformers names them.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a transformers model.
+        ValueError: it is not a LUCID model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lucid_attention.hf import disable, enable
+        >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=2, num_attention_heads=2)
+        >>> type(disable(enable(LlamaForCausalLM(config)))).__name__
+        'LlamaForCausalLM'
+    """
+    pretrained = _lucid_model(model)
+    for module in pretrained.modules():
+        if hasattr(module, SUBMODULE):
+            delattr(module, SUBMODULE)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is before_forward:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    old = pretrained.config
+    new = copy.deepcopy(old)
+    new.__class__ = old.lucid_stock_class
+    del new.lucid
+    _replace(model, old, new, lambda cls: cls.lucid_stock_class)
+    new._attn_implementation = None
+    pretrained.set_attn_implementation(attn_implementation)
+    return model
+
+
+def strengths(model: nn.Module) -> Tensor:
+    """The strengths in use, fp32 `(LUCID layers, KV heads)` on the CPU, learned ones included.
+
+    Raises TypeError or ValueError as `disable` does.
+    """
+    pretrained = _lucid_model(model)
+    rows = []
+    for module, layer in zip(
+        strength_modules(pretrained),
+        [m for m in pretrained.modules() if SUBMODULE in m._modules],
+        strict=True,
+    ):
+        with torch.no_grad():
+            value = module(next(layer.parameters()))
+        value = (
+            torch.tensor(1.0 if value is None else value)
+            if not isinstance(value, Tensor)
+            else value
+        )
+        rows.append(value.float().cpu().expand(kv_heads_of(layer)))
+    return torch.stack(rows)
+
+
+def _lucid_model(model: nn.Module) -> PreTrainedModel:
+    pretrained = pretrained_model(model)
+    if not issubclass(type(pretrained), LucidModelMixin):
+        raise ValueError(
+            f"model: expected a LUCID model, got {type(pretrained).__name__}, which is softmax"
+        )
+    return pretrained
+
+
+def install_in_transformers() -> None:
+    """Lets `attn_implementation="lucid"` and LUCID checkpoints take effect at construction.
+
+    transformers tells an attention implementation nothing when a model is built, and strips its
+    name when one is saved. `post_init`, which every model runs last in its constructor and before
+    its weights are loaded, is therefore wrapped here, once: a model whose config asks for "lucid"
+    is passed to `enable`. Without it, such a model would lack its cache hook and its learned
+    strengths, and would be saved as a softmax model.
+    """
+    stock = PreTrainedModel.post_init
+    if getattr(stock, "is_lucid", False):
+        return
+
+    def post_init(self: PreTrainedModel) -> None:
+        stock(self)
+        config = self.config
+        if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+            return
+        if self.base_model is not self and isinstance(self.base_model, LucidModelMixin):
+            _become_lucid(self, self)  # its decoder was enabled a moment ago
+            return
+        setting = getattr(config, "lucid", None) or {}
+        enable(self, layers=setting.get("layers"), strength=setting.get("strength"))
+
+    post_init.is_lucid = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = post_init
+
+
+def _become_lucid(model: nn.Module, pretrained: PreTrainedModel) -> None:
+    """Gives a model its LUCID class and a LUCID copy of its config.
+
+    A copy: a user may build a softmax twin from the same config object afterwards.
+    """
+    old, decoder = pretrained.config, pretrained.base_model
+    if isinstance(decoder.config, LucidConfigMixin):
+        new = decoder.config
+    elif isinstance(old, LucidConfigMixin):
+        new = old
+    else:
+        new = copy.deepcopy(old)
+        new.__dict__.pop("_attn_implementation_internal", None)
+        new.__class__ = lucid_config_class(type(old))
+    _replace(model, old, new, lucid_model_class)
+
+
+def _replace(model: nn.Module, old: Any, new: Any, cls: Any) -> None:
+    for module in model.modules():
+        if module.__dict__.get("config") is old:
+            module.config = new
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = cls(type(module))
+
+
+def _install_strength(
+    module: nn.Module, parsed: float | str | list[Any], row: int, rows: int, impl: str
+) -> None:
+    present = getattr(module, SUBMODULE, None)
+    if parsed == "learned":
+        if present is None or isinstance(present, FixedStrength):
+            initial = 0.0 if present is None else present.value
+            weight = next(module.parameters())
+            present = LearnedStrength(initial, kv_heads_of(module), weight.device)
+            present.train(module.training)
+            setattr(module, SUBMODULE, present)
+    else:
+        assert not isinstance(parsed, str)
+        setattr(module, SUBMODULE, FixedStrength(per_layer(parsed, rows)[row]))
+    for strength in strength_modules(module):
+        strength.impl = impl
+
+
+def _is_peft(model: nn.Module, pretrained: PreTrainedModel) -> bool:
+    return model is not pretrained or hasattr(pretrained, "peft_config")
+
+
+def _check_peft_trains(attention: dict[int, nn.Module], chosen: list[int]) -> None:
+    for index in chosen:
+        if not hasattr(getattr(attention[index], SUBMODULE, None), "modules_to_save"):
+            raise ValueError(
+                'strength: "learned" in a PEFT model that would neither train nor save it; call '
+                'enable(model, strength="learned") first, then get_peft_model(model, '
+                "LoraConfig(modules_to_save=['lucid'], ...)); or use a fixed strength"
+            )

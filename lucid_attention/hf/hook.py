@@ -1,0 +1,109 @@
+"""What happens before every forward pass of an enabled decoder."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache
+
+from .attention import CONTEXT, ForwardContext
+from .cache import LucidCache, arm
+from .masks import documents_from_positions, pack
+
+
+def before_forward(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of an enabled decoder: prepares its cache, finds packed documents, and hands
+    both to the attention layers. A hook, because `generate()` hard-codes its cache classes.
+    """
+    if args:
+        names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    config: Any = decoder.config
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: attention weights are never formed with LUCID attention; expected "
+            "False, got True"
+        )
+    if not torch.compiler.is_compiling():
+        refuse_context_parallel()
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(
+            f"past_key_values: expected a transformers Cache (LucidCache, DynamicCache, ...), got "
+            f"{type(cache).__name__}"
+        )
+    positions = kwargs.get("position_ids")
+    use_cache = kwargs.get("use_cache")
+    use_cache = config.use_cache if use_cache is None else use_cache
+    if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+        use_cache = False
+
+    context = ForwardContext()
+    if cache is None and mask is None and positions is not None and positions.ndim == 2:
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        context.documents = documents_from_positions(positions, inputs.shape[0])
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        if positions is None or mask is not None or cache is not None:
+            raise ValueError(
+                "cu_seq_lens_q: packed documents need position_ids that restart at 0 in every "
+                "document, no attention_mask and no past_key_values"
+            )
+        if not torch.compiler.is_compiling():
+            _check_offsets(cu_seqlens, context.documents, positions.numel())
+        context.cu_seqlens, context.max_seqlen = cu_seqlens, kwargs.get("max_length_q")
+    if use_cache and (context.documents is not None or cu_seqlens is not None):
+        raise ValueError(
+            "position_ids: packed documents cannot be cached, because transformers then forgets "
+            "where they start; pass use_cache=False"
+        )
+    if cache is None and use_cache:
+        cache = LucidCache(config)
+        kwargs["past_key_values"] = cache
+    if cache is not None:
+        arm(cache, config.lucid["layers"], config.num_hidden_layers)
+        context.cache = cache
+    kwargs[CONTEXT] = context
+    return (), kwargs
+
+
+def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, total: int) -> None:
+    """Sliding layers take the documents from the positions, LUCID layers from the offsets."""
+    found = cu_seqlens.unique()  # without empty documents, which have no positions
+    expected = found.new_tensor([0, total])
+    if documents is not None:
+        expected = pack(documents).cu_seqlens.to(found)
+    if not torch.equal(found, expected):
+        raise ValueError(
+            f"cu_seq_lens_q: expected the offsets at which position_ids restart, "
+            f"{expected.tolist()}, got {cu_seqlens.tolist()}"
+        )
+
+
+def refuse_context_parallel() -> None:
+    """Raises ValueError inside a run that shards the sequence over ranks: each rank would solve its
+    own shard only, and be silently wrong.
+    """
+    found = None
+    if "context_parallel" in getattr(F.scaled_dot_product_attention, "__module__", "") or (
+        "experimental._attention" in getattr(F.scaled_dot_product_attention, "__module__", "")
+    ):
+        found = "torch's context_parallel"
+    state = sys.modules.get("accelerate.state")
+    shared = state.AcceleratorState._shared_state if state is not None else {}
+    parallelism = shared.get("parallelism_config")
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        found = "accelerate's ParallelismConfig with cp_size or sp_size above 1"
+    if found:
+        raise ValueError(
+            f"{found}: LUCID attention does not support a sequence sharded over ranks; use data, "
+            "tensor or FSDP parallelism"
+        )

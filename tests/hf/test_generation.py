@@ -1,0 +1,301 @@
+"""generate() with the cache it makes by itself gives what it gives without a cache."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from lucid_attention import precondition
+from lucid_attention.hf import LucidCache, enable
+from lucid_attention.hf.cache import LucidDynamicLayer, LucidLayer, LucidStaticLayer
+
+NEW = 14
+TOLERANCE = {"rtol": 1e-4, "atol": 3e-4}
+
+
+def generate(model, ids: Tensor, **kwargs):
+    """Tokens and the scores they were chosen by; never stops early, so every step is compared."""
+    result = model.generate(
+        ids,
+        **{
+            "max_new_tokens": NEW,
+            "min_new_tokens": NEW,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            **kwargs,
+        },
+    )
+    return result.sequences, torch.stack(result.logits, 1)
+
+
+def agree(actual, expected) -> None:
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], **TOLERANCE)
+
+
+def lucid_layers(cache) -> list[int]:
+    return [i for i, layer in enumerate(cache.layers) if isinstance(layer, LucidLayer)]
+
+
+def test_greedy_with_left_padding(family, build, ids, left_padded):
+    model = enable(build(family))
+    expected = generate(model, ids, attention_mask=left_padded, use_cache=False)
+    agree(generate(model, ids, attention_mask=left_padded), expected)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    agree(generate(model, ids, attention_mask=left_padded, **static), expected)
+    alone = generate(model, ids[:1, 5:])
+    assert torch.equal(alone[0][0, -NEW:], expected[0][0, -NEW:])
+
+
+def test_the_last_logits_equal_one_forward_pass_over_the_result(build, ids):
+    model = enable(build("Llama"))
+    tokens, logits = generate(model, ids)
+    once = model(tokens, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(logits, once, **TOLERANCE)
+
+
+@pytest.mark.parametrize("strength", [0.4, "learned"])
+def test_other_strengths(strength, build, ids):
+    model = enable(build("Llama"), strength=strength)
+    if strength == "learned":
+        for layer in model.model.layers:
+            torch.nn.init.uniform_(layer.self_attn.lucid.strength_bias, 0.2, 0.9)
+    agree(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+def test_sampling_repeats_with_the_seed(build, ids):
+    model = enable(build("Qwen3"))
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        results.append(generate(model, ids, do_sample=True, top_k=20, use_cache=use_cache))
+    agree(*results)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prefill_chunk_size": 4},
+        {"cache_implementation": "static", "disable_compile": True, "num_beams": 2},
+    ],
+    ids=["beams", "several beams", "several samples", "chunked prefill", "static beams"],
+)
+def test_other_ways_of_generating(family, how, build, ids, left_padded):
+    model = enable(build(family))
+    how = {"attention_mask": left_padded, **how}
+    torch.manual_seed(0)
+    actual = generate(model, ids, **how)
+    how.pop("prefill_chunk_size", None)
+    how.pop("cache_implementation", None)
+    torch.manual_seed(0)
+    expected = generate(model, ids, use_cache=False, **how)
+    assert torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("Llama", "assisted"),
+        ("Llama", "prompt lookup"),
+        pytest.param(
+            "GptOss",
+            "assisted",
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.23"),
+                reason="transformers 5.17 gives sliding layers a mask of another length after some "
+                "rejected proposals, with stock GPT-OSS and Gemma 2 (eager) as well",
+            ),
+        ),
+        ("GptOss", "prompt lookup"),
+    ],
+)
+def test_speculative_decoding(family, kind, build, ids):
+    model = enable(build(family))
+    ids = ids[:1].repeat(1, 2)  # a repetition, so that prompt lookup proposes something
+    if kind == "assisted":
+        assistant = enable(build(family, seed=0))
+        with torch.no_grad():  # close to the model: some proposals are kept, some rolled back
+            for parameter in assistant.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        how = {"assistant_model": assistant}
+    else:
+        how = {"prompt_lookup_num_tokens": 3}
+    actual = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, **how)
+    expected, _ = generate(model, ids, use_cache=False, eos_token_id=None, min_new_tokens=None)
+    assert torch.equal(actual, expected)
+
+
+def test_a_conversation_over_several_turns(build, ids):
+    model = enable(build("Gemma2"))
+    cache = LucidCache(model.config)
+    assert lucid_layers(cache) == [1, 3] == model.config.lucid["layers"]
+    text = ids
+    for turn in range(3):
+        expected, _ = generate(model, text, use_cache=False)
+        actual, _ = generate(model, text, past_key_values=cache)
+        assert torch.equal(actual, expected)
+        text = torch.cat([expected, ids[:, turn : turn + 3]], dim=1)
+
+
+@pytest.mark.parametrize("make", [LucidCache, lambda config: DynamicCache()])
+def test_every_split_into_chunks_gives_the_same_logits(make, build, ids, left_padded):
+    model = enable(build("Llama"))
+    expected = model(ids, attention_mask=left_padded, use_cache=False).logits
+    for sizes in ([19], [1] * 19, [3, 1, 9, 6], [18, 1]):
+        cache, done, parts = make(model.config), 0, []
+        for part in ids.split(sizes, dim=1):
+            done += part.shape[1]
+            mask = left_padded[:, :done]
+            parts.append(model(part, attention_mask=mask, past_key_values=cache).logits)
+        actual = torch.cat(parts, 1)[left_padded.bool()]
+        torch.testing.assert_close(actual, expected[left_padded.bool()], **TOLERANCE)
+
+
+def test_static_cache_in_chunks(build, ids, left_padded):
+    for family in ("Llama", "Gemma2", "GptOss"):
+        model = enable(build(family), layers=[1])
+        expected = model(ids, attention_mask=left_padded, use_cache=False).logits
+        cache, parts, done = StaticCache(model.config, max_cache_len=32), [], 0
+        for part in ids.split([5, 1, 12, 1], dim=1):
+            done += part.shape[1]
+            mask = left_padded[:, :done]
+            parts.append(model(part, attention_mask=mask, past_key_values=cache).logits)
+        assert isinstance(cache.layers[1], LucidStaticLayer) and lucid_layers(cache) == [1]
+        actual = torch.cat(parts, 1)[left_padded.bool()]
+        torch.testing.assert_close(actual, expected[left_padded.bool()], **TOLERANCE)
+
+
+def test_padding_inside_a_later_chunk(build, ids):
+    """A batched second turn: the rows' new parts have different lengths."""
+    model = enable(build("Llama"))
+    mask = torch.ones_like(ids)
+    mask[0, 8:11] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    first = model(ids[:, :8], use_cache=True)
+    second = model(
+        ids[:, 8:],
+        attention_mask=mask,
+        position_ids=positions[:, 8:],
+        past_key_values=first.past_key_values,
+    )
+    alone = model(ids[:1][:, mask[0].bool()], use_cache=False).logits
+    torch.testing.assert_close(second.logits[:1, 3:], alone[:, 8:], **TOLERANCE)
+
+
+def test_crop_is_exact(build, ids):
+    model = enable(build("Llama"))
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(-7)
+    assert cache.get_seq_length() == 12
+    changed = ids.clone()
+    changed[:, 12:] = ids[:, :7]
+    actual = model(changed[:, 12:], past_key_values=cache).logits
+    expected = model(changed, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("how", ["reorder", "repeat", "select", "deepcopy", "pickle", "reset"])
+def test_what_is_done_to_a_cache(how, build, ids):
+    model = enable(build("Gemma3Text")).requires_grad_(False)
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    rows = torch.tensor([1, 0])
+    if how == "reorder":
+        cache.reorder_cache(rows)
+    elif how == "repeat":
+        cache.batch_repeat_interleave(2)
+        rows = torch.tensor([0, 0, 1, 1])
+    elif how == "select":
+        cache.batch_select_indices(torch.tensor([1]))
+        rows = torch.tensor([1])
+    elif how == "deepcopy":
+        original, cache, rows = cache, copy.deepcopy(cache), torch.tensor([0, 1])
+        model(ids[:, :3], past_key_values=original)  # does not touch the copy
+    elif how == "pickle":
+        cache, rows = pickle.loads(pickle.dumps(cache)), torch.tensor([0, 1])
+    else:
+        cache = StaticCache(model.config, max_cache_len=24)
+        model(ids[:, 3:], past_key_values=cache)
+        cache.reset()
+        model(ids[:, :12], past_key_values=cache)
+        rows = torch.tensor([0, 1])
+    assert lucid_layers(cache) == [1, 3]
+    actual = model(ids[rows, 12:], past_key_values=cache).logits
+    expected = model(ids, use_cache=False).logits[rows, 12:]
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def test_a_copied_or_pickled_model_generates_the_same(build, ids):
+    model = enable(build("Llama"), strength=torch.tensor([0.25, 0.75]))
+    expected = generate(model, ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        agree(generate(twin, ids), expected)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_stock_cache_with_content_is_exact_and_warns_once(family, kind, build, ids, recwarn):
+    """Raw values of an earlier forward pass of the same model: every y is computed again."""
+    model = enable(build(family))
+    expected = model(ids, use_cache=False).logits
+    config = build(family).config
+    if kind == "dynamic":
+        stock = DynamicCache(config=config)
+    else:
+        stock = StaticCache(config=config, max_cache_len=24)
+        heads, width = model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+        stock.early_initialization(2, heads, width, torch.float32, torch.device("cpu"))
+    if kind == "dynamic":
+        for layer in stock.layers:  # initialised, hence not upgraded
+            layer.lazy_initialization(torch.zeros(2, 2, 0, 1), torch.zeros(2, 2, 0, 1))
+    logits, done = [], 0
+    for part in ids.split([6, 1, 11, 1], dim=1):
+        done += part.shape[1]
+        logits.append(model(part, past_key_values=stock).logits)
+    assert lucid_layers(stock) == []
+    torch.testing.assert_close(torch.cat(logits, 1), expected, **TOLERANCE)
+    about = [w for w in recwarn if "raw values" in str(w.message)]
+    assert len(about) == 1 and "enable" in str(about[0].message)
+
+
+def test_generate_upgrades_the_cache_it_makes(build, ids, recwarn):
+    model = enable(build("Llama"))
+    cache = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    assert all(type(layer) is LucidDynamicLayer for layer in cache.layers)
+    assert not [w for w in recwarn if "raw values" in str(w.message)]
+
+
+@torch.no_grad()
+def test_float32_option(build):
+    """In a bf16 model whose keys correlate, rows solved from a bf16 past are worse."""
+    model = enable(build("Llama", num_hidden_layers=1)).bfloat16()
+    block = model.model.layers[0]
+    attention = block.self_attn
+    attention.k_proj.weight.mul_(0.1)
+    attention.k_proj.bias = torch.nn.Parameter(torch.randn(32, dtype=torch.bfloat16))
+    ids = torch.randint(3, 96, (1, 200), generator=torch.Generator().manual_seed(0))
+    value = attention.v_proj(block.input_layernorm(model.model.embed_tokens(ids)))
+    value = value.unflatten(-1, (2, 16)).transpose(1, 2).double()
+    errors = {}
+    for float32 in (False, True):
+        cache = LucidCache(model.config, float32=float32)
+        for part in ids.split(1, dim=1):
+            model(part, past_key_values=cache)
+        layer = cache.layers[0]
+        assert layer.keys.dtype == torch.bfloat16
+        assert layer.values.dtype == (torch.float32 if float32 else torch.bfloat16)
+        expected = precondition(layer.keys.double(), value)  # of the same rounded keys and values
+        errors[float32] = ((layer.values - expected).norm() / expected.norm()).item()
+    assert errors[True] < 0.2 * errors[False] < 0.02, errors

@@ -1,0 +1,75 @@
+"""LoRA models: enabled before or after wrapping, trained, saved, merged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lucid_attention.hf import disable, enable, strengths
+
+peft = pytest.importorskip("peft")
+
+
+def lora(model, **kwargs):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **kwargs)
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def test_enabling_a_wrapped_model(build, ids):
+    before, after = lora(enable(build("Llama"))), enable(lora(build("Llama")))
+    assert isinstance(after, peft.PeftModel)
+    assert after.config is after.get_base_model().config is after.get_base_model().model.config
+    assert after.config.lucid == before.config.lucid
+    assert torch.equal(after(ids).logits, before(ids).logits)
+    assert (after(ids).logits - disable(before)(ids).logits).abs().max() > 0.05
+
+    after.train()(ids, labels=ids).loss.backward()
+    trained = [name for name, p in after.named_parameters() if p.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+    after.eval()
+    expected = after.generate(input_ids=ids, max_new_tokens=8, use_cache=False)
+    assert torch.equal(after.generate(input_ids=ids, max_new_tokens=8), expected)
+    assert torch.equal(after.merge_and_unload().generate(ids, max_new_tokens=8), expected)
+
+
+def test_learned_strengths_train_and_are_saved_with_the_adapter(build, ids, tmp_path):
+    base = enable(build("Llama"), strength="learned")
+    model = lora(copy.deepcopy(base), modules_to_save=["lucid"]).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.eval()
+    assert (strengths(model) > 0).any()
+    assert enable(model, strength="learned") is model  # allowed: they are trained
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(strengths(loaded), strengths(model))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_learned_strengths_that_would_be_lost_are_refused(build, ids):
+    with pytest.raises(ValueError, match=r"neither train nor save.*modules_to_save=\['lucid'\]"):
+        enable(lora(build("Llama")), strength="learned")
+    with pytest.raises(ValueError, match=r"neither train nor save.*modules_to_save=\['lucid'\]"):
+        enable(lora(enable(build("Llama"))).get_base_model(), strength="learned")
+    model = lora(enable(build("Llama"), strength="learned")).train()
+    with pytest.raises(ValueError, match=r"frozen.*modules_to_save=\['lucid'\]"):
+        model(ids)
+
+
+def test_a_fixed_strength_of_a_wrapped_model_can_change(build, ids):
+    model = lora(enable(build("Llama"), strength=0.0))
+    softmax = model(ids).logits
+    enable(model, strength=0.5)
+    assert strengths(model).unique().tolist() == [0.5]
+    assert (model(ids).logits - softmax).abs().max() > 0.01

@@ -1,0 +1,359 @@
+"""What is not supported says so, by name and with a remedy."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
+
+from lucid_attention.hf import LucidCache, disable, enable, strengths
+from lucid_attention.hf.eligibility import _UNSUPPORTED
+from lucid_attention.hf.masks import lucid_mask
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def refused(name: str, **settings) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **settings})
+    for suffix in ("ForCausalLM", "Model"):
+        if hasattr(transformers, name + suffix):
+            return getattr(transformers, name + suffix)(config)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Mistral", {"sliding_window": 8, "num_key_value_heads": 2}, "no layer.*sliding"),
+        ("Phi3", {"sliding_window": 8}, "no layer.*sliding"),
+        ("Bert", {}, "no layer|own attention"),
+        ("T5", {"num_heads": 2, "d_model": 32, "d_kv": 16, "d_ff": 32}, "encoder-decoder"),
+        ("Bloom", {}, "ignores custom attention"),
+        ("Falcon", {}, "ignores custom attention"),
+        ("Mpt", {"d_model": 32, "n_heads": 2, "n_layers": 2}, "own attention"),
+        ("GPTJ", {"n_embd": 32, "n_head": 2, "n_layer": 2, "rotary_dim": 8}, "own attention"),
+        ("DeepseekV3", {"num_key_value_heads": 2}, "latent attention"),
+        ("DeepseekV2", {"num_key_value_heads": 2}, "latent attention"),
+        ("DiffLlama", {"num_key_value_heads": 2}, "not supported.*value heads"),
+        ("Doge", {"num_key_value_heads": 2}, "not supported.*mask"),
+    ],
+)
+def test_models_that_cannot_be_enabled(name, settings, message):
+    model = refused(name, **settings)
+    with pytest.raises(ValueError, match=f"model: .*({message})"):
+        enable(model)
+
+
+def test_attn_implementation_lucid_refuses_the_same_models():
+    with pytest.raises(ValueError, match=r"no layer that LUCID can take"):
+        refused("Mistral", sliding_window=8, attn_implementation="lucid")
+
+
+def test_a_composite_model():
+    text = {**SMALL, "num_key_value_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1
+    )
+    with pytest.raises(ValueError, match=r"composite.*text model"):
+        enable(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def test_a_bidirectional_decoder():
+    model = refused(
+        "Gemma3Text", num_key_value_heads=2, head_dim=16, use_bidirectional_attention=True
+    )
+    with pytest.raises(ValueError, match=r"no layer.*not causal"):
+        enable(model)
+
+
+@pytest.mark.parametrize("function", [enable, disable, strengths])
+def test_not_a_transformers_model(function):
+    with pytest.raises(TypeError, match=r"model: expected a transformers PreTrainedModel.*Linear"):
+        function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ([], ValueError, "layers: expected at least one.*disable"),
+        ([4], ValueError, "layers: expected indices below 4"),
+        ([-5], ValueError, "layers: expected indices below 4"),
+        ([0], ValueError, r"layers: layer 0 is not a causal full-attention.*\[1, 3\]"),
+        ([True], TypeError, "layers: expected integers"),
+        (["1"], TypeError, "layers: expected integers"),
+        ("all", TypeError, "layers: expected a list"),
+        (1, TypeError, "layers: expected a list"),
+    ],
+)
+def test_bad_layers(layers, error, message, build):
+    with pytest.raises(error, match=message):
+        enable(build("Gemma2"), layers=layers)
+
+
+def test_bad_impl(build):
+    with pytest.raises(ValueError, match=r"impl"):
+        enable(build("Llama"), impl="fastest")
+
+
+def test_impl_reaches_the_operator(build, ids):
+    model = enable(build("Llama"), impl="reference")
+    expected = enable(build("Llama"), impl="blocked")(ids).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.model.layers[0].self_attn.lucid.impl == "reference"
+
+
+def test_strengths_per_head_need_equal_heads(build):
+    model = build("Llama")
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+    model.model.layers[1].self_attn.config.num_key_value_heads = 1
+    with pytest.raises(ValueError, match=r"strength: expected one number"):
+        enable(model, strength=torch.ones(2))
+
+
+# --- at run time -------------------------------------------------------------------------------
+
+
+def test_attention_weights(build, ids):
+    model = enable(build("Llama"))
+    with pytest.raises(ValueError, match=r"output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"output_attentions"):
+        model.config.output_attentions = True
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("StableLm", {"num_key_value_heads": 2}),
+        ("Nemotron", {"num_key_value_heads": 2, "head_dim": 16}),
+        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_families_that_drop_keyword_arguments(name, settings, ids):
+    model = enable(refused(name, **settings))
+    with pytest.raises(ValueError, match=rf"{name}Attention.*does not hand its keyword arguments"):
+        model(ids)
+
+
+def test_the_table_of_unsupported_families_names_real_ones():
+    assert set(_UNSUPPORTED) <= set(transformers.models.auto.configuration_auto.CONFIG_MAPPING)
+
+
+def test_an_implementation_set_after_construction(build, ids):
+    model = build("Llama")
+    model.set_attn_implementation("lucid")
+    with pytest.raises(ValueError, match=r"call lucid_attention.hf.enable\(model\)"):
+        model(ids)
+
+
+def test_continuous_batching(build, ids):
+    model = enable(build("Llama"))
+    assert not model._supports_flash_attn
+    with pytest.raises(ValueError, match=r"continuous batching.*not supported"):
+        model.set_attn_implementation("paged|lucid")
+    # In words of our own with transformers 5.17, of transformers' with 5.23.
+    with pytest.raises(ValueError, match=r"not supported"):
+        model.generate_batch(ids.tolist())
+
+
+class RoundedLayer(QuantizedLayer):
+    """A quantised layer without a quantisation library: it keeps halves."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.half()
+
+    def _dequantize(self, tensor):
+        return tensor.float()
+
+
+def test_quantised_caches(build, ids):
+    model = enable(build("Llama"))
+    with pytest.raises(ValueError, match=r"quantised caches are not supported"):
+        model(ids, past_key_values=Cache(layers=[RoundedLayer(), RoundedLayer()]))
+
+
+def test_caches_that_are_not_caches(build, ids):
+    with pytest.raises(TypeError, match=r"past_key_values: expected a transformers Cache.*tuple"):
+        enable(build("Llama"))(ids, past_key_values=((ids, ids),))
+
+
+def test_a_cache_of_another_model(build, ids):
+    """A LUCID cache outside the LUCID layers that filled it would be read as values."""
+    model = enable(build("Llama"))
+
+    def filled() -> LucidCache:
+        return model(ids, use_cache=True).past_key_values
+
+    with pytest.raises(ValueError, match=r"preconditioned values"):
+        build("Llama")(ids[:, :1], past_key_values=filled())  # a softmax model
+    with pytest.raises(ValueError, match=r"LUCID layers are \[1\] of 2"):
+        enable(build("Llama"), layers=[1])(ids[:, :1], past_key_values=filled())
+    with pytest.raises(ValueError, match=r"layer 0 .* of 1"):
+        enable(build("Llama", num_hidden_layers=1))(ids[:, :1], past_key_values=filled())
+    with pytest.raises(ValueError, match=r"expected keys and values with"):
+        enable(build("Llama", num_key_value_heads=4))(ids[:, :1], past_key_values=filled())
+    with pytest.raises(ValueError, match=r"expected keys and values with"):
+        enable(build("Llama", head_dim=8))(ids[:, :1], past_key_values=filled())
+    with pytest.raises(ValueError, match=r"expected keys and values with"):
+        model(ids[:1, :1], past_key_values=filled())  # another batch
+
+
+def test_an_interrupted_cache(build, ids):
+    model = enable(build("Llama"))
+    cache = model(ids, use_cache=True).past_key_values
+    model.model.layers[0].self_attn.lucid.impl = "nonsense"
+    with pytest.raises(ValueError, match=r"impl"):
+        model(ids[:, :1], past_key_values=cache)
+    model.model.layers[0].self_attn.lucid.impl = "auto"
+    with pytest.raises(ValueError, match=r"interrupted.*new cache"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_bad_cache_configs(build):
+    with pytest.raises(TypeError, match=r"config: expected a transformers config"):
+        LucidCache({"layers": 2})
+    with pytest.raises(ValueError, match=r"config: expected the config of a LUCID model.*enable"):
+        LucidCache(build("Llama").config)
+
+
+# --- masks and packing -------------------------------------------------------------------------
+
+
+def causal(n: int) -> torch.Tensor:
+    return torch.ones(n, n).tril().bool()[None, None].clone()
+
+
+def test_4d_masks_that_are_refused(build, ids):
+    model = enable(build("Llama"))
+    n = ids.shape[1]
+    bidirectional = torch.ones(1, 1, n, n, dtype=torch.bool)
+    hole = causal(n)
+    hole[..., 7, 3] = False
+    window = causal(n).triu(-4)
+    strict = causal(n).tril(-1)
+    prefix = causal(n)
+    prefix[..., :4, :4] = True
+    heads = causal(n).repeat(1, 2, 1, 1)
+    heads[:, 1, 9, 2] = False
+    for mask in (bidirectional, hole, window, strict, prefix):
+        with pytest.raises(ValueError, match=r"causal x documents x padding"):
+            model(ids, attention_mask=mask, use_cache=False)
+    with pytest.raises(ValueError, match=r"one mask for all heads"):
+        model(ids, attention_mask=heads, use_cache=False)
+    bias = torch.zeros(1, 1, n, n).masked_fill(~causal(n), float("-inf"))
+    bias[..., 5, 2] = -0.5
+    with pytest.raises(ValueError, match=r"position bias"):
+        model(ids, attention_mask=bias, use_cache=False)
+    with pytest.raises(ValueError, match=r"expected a 4-D mask of shape"):
+        model(ids, attention_mask=causal(n), past_key_values=StaticCache(model.config, 32))
+
+
+def test_a_packed_4d_mask_with_a_cache(build, ids):
+    mask = causal(ids.shape[1])
+    mask[..., 9:, :9] = False
+    with pytest.raises(ValueError, match=r"attention_mask: packed documents cannot be cached"):
+        enable(build("Llama"))(ids, attention_mask=mask, use_cache=True)
+
+
+def test_a_plain_4d_mask_is_shared_by_the_batch(build, ids):
+    model = enable(build("Llama"))
+    actual = model(ids, attention_mask=causal(ids.shape[1])).logits
+    torch.testing.assert_close(actual, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_4d_mask_with_a_cache(build, ids, left_padded):
+    model = enable(build("Llama"))
+    expected = model(ids, attention_mask=left_padded, use_cache=False).logits
+    mask = causal(19) & left_padded.bool()[:, None, None, :]
+    cache = DynamicCache()
+    first = model(ids[:, :12], attention_mask=mask[..., :12, :12], past_key_values=cache).logits
+    second = model(ids[:, 12:], attention_mask=mask[..., 12:, :], past_key_values=cache).logits
+    actual = torch.cat([first, second], 1)[left_padded.bool()]
+    torch.testing.assert_close(actual, expected[left_padded.bool()], rtol=1e-4, atol=3e-4)
+
+
+def test_mask_functions_that_are_not_causal():
+    from transformers.masking_utils import and_masks, bidirectional_mask_function, or_masks
+
+    arguments = {"batch_size": 1, "q_length": 4, "kv_length": 4}
+    causal_function = transformers.masking_utils.causal_mask_function
+    assert lucid_mask(**arguments) is None
+    for function in (
+        bidirectional_mask_function,
+        or_masks(causal_function, bidirectional_mask_function),
+        and_masks(bidirectional_mask_function),
+        and_masks(causal_function, bidirectional_mask_function),
+        len,
+    ):
+        with pytest.raises(ValueError, match=r"expected a plain causal"):
+            lucid_mask(**arguments, mask_function=function)
+    with pytest.raises(ValueError, match=r"expected a plain causal"):
+        lucid_mask(**arguments, use_vmap=True)
+
+
+def test_a_mask_that_is_too_short(build, ids):
+    model = enable(build("Llama"))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"one entry for each of the 20 keys.*got 1"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_packing_that_is_refused(build, ids):
+    model = enable(build("Llama"))
+    packed = torch.cat([torch.arange(9), torch.arange(10)]).unsqueeze(0)
+    with pytest.raises(ValueError, match=r"packed documents cannot be cached.*use_cache=False"):
+        model(ids, position_ids=packed)
+    shard = torch.cat([torch.arange(9), torch.arange(30, 40)]).unsqueeze(0)
+    with pytest.raises(ValueError, match=r"every packed document to start at position 0"):
+        model(ids, position_ids=shard, use_cache=False)
+    offsets = torch.tensor([0, 19, 38], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: packed documents need position_ids"):
+        model(ids, cu_seq_lens_q=offsets, use_cache=False)
+    offsets = torch.tensor([0, 8, 19], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"offsets at which position_ids restart, \[0, 9, 19\]"):
+        model(ids[:1], position_ids=packed, cu_seq_lens_q=offsets, use_cache=False)
+    straight = torch.arange(19).unsqueeze(0)
+    with pytest.raises(ValueError, match=r"offsets at which position_ids restart, \[0, 19\]"):
+        model(ids[:1], position_ids=straight, cu_seq_lens_q=offsets, use_cache=False)
+
+
+def test_torch_context_parallel(build, ids, monkeypatch):
+    model = enable(build("Llama"))
+
+    def sharded(*args, **kwargs):
+        raise AssertionError("not reached")
+
+    # What torch's context_parallel does to SDPA; running it takes several processes.
+    sharded.__module__ = "torch.distributed.tensor.experimental._context_parallel._attention"
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sharded)
+    with pytest.raises(ValueError, match=r"context_parallel: LUCID attention does not support"):
+        model(ids)
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_accelerate_context_parallel(size, build, ids, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    model = enable(build("Llama"))
+    config = accelerate.ParallelismConfig(**{size: 2})
+    state = sys.modules["accelerate.state"].AcceleratorState
+    monkeypatch.setitem(state._shared_state, "parallelism_config", config)
+    with pytest.raises(ValueError, match=r"cp_size or sp_size"):
+        model(ids)
