@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## what LUCID does, in about four minutes on two cores
+demo: $(STAMP) ## what LUCID does, in about three minutes on two cores
 	$(BIN)/lucid demo
 
 test: $(STAMP) lint typecheck ## everything but slow and GPU tests

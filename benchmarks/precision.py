@@ -25,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.solve import RESULTS, conditions
 from lucid_attention import precondition
 from lucid_attention.precondition import blocked
+from lucid_attention.precondition.numerics import KEY_EPS
 
 COSINES = (0.0, 0.5, 0.8, 0.95, 0.99)
 SIZES = [(64, 2048), (64, 8192), (128, 2048), (128, 8192)]
@@ -52,9 +53,13 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def uncentred(key: Tensor, value: Tensor) -> Tensor:
-    """The blocked solve with the kernel centred on 0, which is not centring it."""
-    reference = key.new_zeros(1, 1, key.shape[-1])
-    keys = blocked.make_keys(key[0], reference, key.shape[-1] ** -0.5)
+    """The blocked solve with the exponent formed from the plain normalised keys."""
+    width = key.shape[-1]
+    scale = width**-0.5
+    inverse_rms = torch.rsqrt(key[0].square().mean(-1, keepdim=True) + KEY_EPS)
+    half = torch.full_like(inverse_rms, -scale * width / 2)
+    columns = torch.cat((key[0] * inverse_rms, torch.ones_like(half), half), dim=-1)
+    keys = blocked.Keys(columns, key.new_zeros(1, 1, width), inverse_rms, scale)
     solution = value[0].clone()
     blocked.solve(keys, solution, None, blocked.Rows(None, None, None), None)
     return solution[None]
@@ -70,11 +75,12 @@ def gradients(key: Tensor, value: Tensor, weight: Tensor) -> list[Tensor]:
 
 def in_tf32(key: Tensor, value: Tensor) -> Tensor:
     """The solve as it comes out where a training script has allowed TF32."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         return precondition(key, value)
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before)
 
 
 def measure(width: int, seq: int, cosine: float, device: str) -> Row:

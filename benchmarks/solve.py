@@ -123,9 +123,13 @@ def operands(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative_error(shape: Shape, device: str) -> float:
-    """Error of the blocked solve against itself in float64, one head, before the final rounding."""
-    key, value, _ = (x[:, :1].float() for x in operands(shape, device))
-    exact = precondition(key.double(), value.double())
+    """Error of the blocked solve before the final rounding, against the dense definition in float64.
+
+    One head, and at most the first 4096 tokens, which later ones do not change: the definition is
+    quadratic in memory.
+    """
+    key, value, _ = (x[:, :1, :4096].float() for x in operands(shape, device))
+    exact = precondition(key.double(), value.double(), impl="reference")
     got = precondition(key, value).double()
     return ((got - exact).norm() / exact.norm()).item()
 
@@ -310,7 +314,7 @@ def main() -> None:
     shapes = QUICK if options.quick else {"cpu": CPU_SHAPES, "cuda": CUDA_SHAPES}[device]
     for shape in tqdm(shapes, desc="correctness gate"):
         error = relative_error(shape, device)
-        if error > GATE:
+        if not error <= GATE:  # a NaN does not pass
             raise SystemExit(f"{shape}: relative error {error:.1e} is above {GATE}; nothing timed.")
     facts = conditions(device)
     seconds = options.seconds or (0.2 if options.quick else {"cpu": 8.0, "cuda": 1.0}[device])

@@ -7,6 +7,7 @@ PyTorch's fused attention wherever that is linear in memory; padding, attention 
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn.attention.bias import causal_lower_right
 from .blocked_softmax import blocked_softmax
 from .precondition import precondition, precondition_varlen, reference
 from .precondition.autocast import autocast, no_autocast
+from .precondition.differentiation import refuse_forward_mode
+from .precondition.numerics import compute_dtype
 from .precondition.validation import (
     check_cu_seqlens,
     check_key_mask,
@@ -29,8 +32,12 @@ from .precondition.validation import (
 )
 
 varlen_attn: Any
-try:  # packed attention for CUDA in half precision, torch >= 2.10
+try:  # packed attention for CUDA in half precision
     from torch.nn.attention.varlen import varlen_attn
+
+    # Its first form, in torch 2.10, has neither a scale nor this way of saying "causal".
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        varlen_attn = None
 except ImportError:
     varlen_attn = None
 
@@ -81,11 +88,11 @@ def lucid_attention(
         torch.Size([2, 8, 100, 64])
     """
     impl = resolve_impl(impl)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     check_key_value(key, value)
     check_query(query, key)
     scale = resolve_scale("scale", scale, key.shape[-1], positive=False)
     check_key_mask(key_mask, key.shape[0], key.shape[2], key.device)
-    query, key, value = autocast(query), autocast(key), autocast(value)
     preconditioned = precondition(
         key, value, kernel_scale=kernel_scale, strength=strength, key_mask=key_mask, impl=impl
     )
@@ -140,11 +147,12 @@ def lucid_attention_varlen(
         torch.Size([30, 4, 64])
     """
     impl = resolve_impl(impl)
+    query, key, value = autocast(query), autocast(key), autocast(value)
     check_key_value(key, value, packed=True)
     check_query(query, key, packed=True)
     check_cu_seqlens(cu_seqlens, max_seqlen, key.device)
     scale = resolve_scale("scale", scale, key.shape[-1], positive=False)
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    max_seqlen = _longest(cu_seqlens, max_seqlen)
     preconditioned = precondition_varlen(
         key,
         value,
@@ -202,14 +210,22 @@ def softmax_attention(
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    _check_sinks(sinks, query.shape[1])
     queries, keys, width = query.shape[2], key.shape[2], value.shape[-1]
     aligned = query_start is None
     start = keys - queries if query_start is None else query_start
+    square = aligned and queries == keys
 
-    fp64_device = query.dtype == torch.float64 and query.device.type != "cpu"
-    # A feature's contribution is multiplied by scale: where that is tiny or negative, do without.
-    featureless = scale < _LEAST_SCALE and (key_mask is not None or sinks is not None)
-    if softcap is not None or fp64_device or featureless:
+    unfused = softcap is not None or (query.dtype == torch.float64 and query.device.type != "cpu")
+    if key_mask is not None or sinks is not None:
+        # A feature's contribution is multiplied by scale: where that is tiny or negative, do without.
+        unfused = unfused or scale < _LEAST_SCALE
+    if not square and queries > 1 and not dropout and query.device.type == "cpu":
+        # Written-out masks would be saved for backward, one row of keys for every query.
+        operands = (query, key, value)
+        unfused = unfused or (torch.is_grad_enabled() and any(x.requires_grad for x in operands))
+    if unfused:
         if dropout:
             raise ValueError(
                 f"dropout must be 0 with softcap, in float64 on an accelerator, or with a mask and a "
@@ -217,6 +233,7 @@ def softmax_attention(
                 f"attention dropout to 0."
             )
         position = torch.arange(queries, device=query.device)
+        refuse_forward_mode(query, key, value, sinks)
         return blocked_softmax(
             query,
             key,
@@ -227,7 +244,7 @@ def softmax_attention(
             sinks,
             scale,
             softcap,
-            keys if aligned and queries == keys else None,
+            keys if square else None,
         )[0]
 
     if key_mask is not None:
@@ -242,12 +259,12 @@ def softmax_attention(
         return _sdpa(query, key, value, scale, dropout, attn_mask=visible)
 
     query, key, value = _extend(query, key, value, scale, key_mask, sinks)
-    if aligned and queries == keys:
+    if square:
         if sinks is not None:  # the sink is key 0: a query 0 before the others keeps the square
             query = F.pad(query, (0, 0, 1, 0))
         output = _sdpa(query, key, value, scale, dropout, is_causal=True)
         return output[:, :, output.shape[2] - queries :, :width]
-    if aligned and query.device.type == "cuda":
+    if aligned and queries <= keys and query.device.type == "cuda":
         bias = causal_lower_right(queries, key.shape[2])
         return _sdpa(query, key, value, scale, dropout, attn_mask=bias)[..., :width]
     sink = 0 if sinks is None else 1
@@ -274,6 +291,8 @@ def softmax_attention_varlen(
 ) -> Tensor:
     """Causal softmax attention within each packed sequence, in linear memory.
 
+    With ``max_seqlen`` given nothing synchronises the device.
+
     Args:
         query: ``(total, heads, head_dim)``; key: ``(total, kv_heads, head_dim)``; value:
             ``(total, kv_heads, value_dim)``.
@@ -285,8 +304,11 @@ def softmax_attention_varlen(
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if max_seqlen is None and cu_seqlens.shape[0] > 1 and not torch.compiler.is_compiling():
-        max_seqlen = int(cu_seqlens.diff().max())
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    _check_sinks(sinks, query.shape[1])
+    max_seqlen = _longest(cu_seqlens, max_seqlen)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_offsets(cu_seqlens.tolist(), query.shape[0], max_seqlen)
     width = max(query.shape[-1], value.shape[-1])
     fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and width <= 256
     if fused and varlen_attn is not None and max_seqlen and softcap is None and sinks is None:
@@ -300,6 +322,7 @@ def softmax_attention_varlen(
     else:
         first = torch.zeros_like(position)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    refuse_forward_mode(query, key, value, sinks)
     output = blocked_softmax(
         query, key, value, first, position, None, sinks, scale, softcap, max_seqlen
     )[0]
@@ -322,16 +345,21 @@ def _extend(
     """
     features = []
     if key_mask is not None:
+        # As far below every real score as the dtype reaches: a key must not win because the others
+        # score low. float16 ends at 65504, so both factors take their part.
         half = query.dtype == torch.float16
-        lift, drop = (32.0, -6e4) if half else (1.0, -1e9 / scale)
+        lift, drop = (6e4, -6e4) if half else (1.0, -1e30)
         column = torch.where(key_mask, 0.0, drop).to(key.dtype)[:, None, :, None]
         features.append((query.new_full((1, 1, 1, 1), lift), column))
     if sinks is not None:
         key, value = F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
         features = [(row, F.pad(column, (0, 0, 1, 0))) for row, column in features]
         first = (torch.arange(key.shape[2], device=key.device) == 0).to(key.dtype)
-        row = (sinks.float() / scale).to(query.dtype)[None, :, None, None]
-        features.append((row, first[None, None, :, None]))
+        exact = sinks.to(compute_dtype(query)) / scale
+        row = exact.to(query.dtype)
+        rest = (exact - row).to(query.dtype)  # what half precision drops, as a second feature
+        for part in (row, rest):
+            features.append((part[None, :, None, None], first[None, None, :, None]))
     for row, column in features:
         query = torch.cat((query, row.expand(*query.shape[:-1], 1)), dim=-1)
         key = torch.cat((key, column.expand(*key.shape[:-1], 1)), dim=-1)
@@ -391,6 +419,22 @@ def _packed_kernel(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options
     )
     return output
+
+
+def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int | None:
+    """``max_seqlen``, found where it is not given and the offsets can be read."""
+    unknown = max_seqlen is None and cu_seqlens.shape[0] > 1 and not cu_seqlens.is_meta
+    if unknown and not torch.compiler.is_compiling():
+        return int(cu_seqlens.diff().max())
+    return max_seqlen
+
+
+def _check_sinks(sinks: Tensor | None, heads: int) -> None:
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks must hold one score for each query head, expected shape ({heads},), got "
+            f"{tuple(sinks.shape)}."
+        )
 
 
 def _dense_varlen(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .precondition.autocast import no_autocast
 from .precondition.blocked import BLOCK, tile_elements
-from .precondition.reference import compute_dtype
+from .precondition.differentiation import no_second_derivative
+from .precondition.numerics import compute_dtype
 
 
 @torch.library.custom_op("lucid_attention::blocked_softmax", mutates_args=())
@@ -143,15 +144,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads[:3], None, None, None, sinks, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "lucid_attention has no second derivative: its backward pass is not differentiable. Use "
-        "impl='reference', which is (at quadratic memory), or drop create_graph=True."
-    )
-
-
 blocked_softmax.register_autograd(_backward, setup_context=_setup)
-blocked_softmax_backward.register_autograd(_no_second_derivative)
+blocked_softmax_backward.register_autograd(no_second_derivative)
 
 
 class _Gradients(NamedTuple):
@@ -211,7 +205,7 @@ class _Problem:
     def parts(self) -> Iterator[slice]:
         """Chains, as many at a time as a tile of a useful shape allows."""
         chains, groups, queries, _ = self.query.shape
-        tile = groups * max(1, min(queries, BLOCK)) * max(1, min(self.keys, 512))
+        tile = max(1, groups) * max(1, min(queries, BLOCK)) * max(1, min(self.keys, 512))
         step = max(1, tile_elements(self.query.device) // tile)
         for start in range(0, chains, step):
             yield slice(start, min(start + step, chains))
@@ -298,7 +292,8 @@ class _Problem:
     def poisoned_queries(self) -> Tensor:
         """Queries ``(C, G, Q)`` that are not finite or see a key or value that is not."""
         count = torch.nn.functional.pad(self.bad_keys.long().cumsum(-1), (1, 0))
-        seen = count[:, self.last + 1] - count[:, self.first]
+        beyond = torch.maximum(self.last + 1, self.first)  # a query before the first key sees none
+        seen = count[:, beyond] - count[:, self.first]
         return self.bad_queries | (seen > 0)[:, None, :]
 
     def _sink_gradient(self, mean: Tensor, lse: Tensor, bad: Tensor) -> Tensor:

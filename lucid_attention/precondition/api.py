@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import operators, reference
 from .autocast import autocast, no_autocast
+from .differentiation import refuse_forward_mode
 from .validation import (
     check_cu_seqlens,
     check_key_mask,
@@ -53,7 +54,8 @@ def precondition(
         past: ``(past_key, past_preconditioned)``, each ``(batch, kv_heads, past, ..)``: key and
             value are a chunk that follows it, and ``key_mask`` covers the chunk only. Every split
             of a sequence into chunks gives the same ``Y``, to rounding. ``past_preconditioned`` may
-            be wider than value's dtype (keep it in float32 where that matters).
+            be wider than value's dtype (keep it in float32 where that matters); its rows that are
+            all 0 count as padding, whatever their keys hold.
         impl: ``"auto"`` and ``"blocked"`` (torch, any device, memory linear in ``seq``), or
             ``"reference"`` (the dense definition). A named choice never falls back. ``"triton"`` is
             reserved.
@@ -67,7 +69,7 @@ def precondition(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, ``kernel_scale``, ``strength`` or ``impl`` out of range; a
             strength tensor's contents are checked on the CPU only (elsewhere it would synchronise).
-        RuntimeError: on a second derivative (``impl="reference"`` has one).
+        RuntimeError: on a second derivative or in forward mode (``impl="reference"`` has both).
 
     Source: arXiv 2602.10410; ``lucid_attention/precondition/README.md`` derives it.
 
@@ -76,18 +78,18 @@ def precondition(
         >>> from lucid_attention import precondition
         >>> key = torch.ones(1, 1, 3, 4)  # one key, written three times
         >>> value = torch.tensor([1.0, 2.0, 5.0]).view(1, 1, 3, 1)
-        >>> precondition(key, value).flatten().tolist()  # what each write changed
+        >>> precondition(key, value).round(decimals=3).flatten().tolist()  # what each write changed
         [1.0, 1.0, 3.0]
     """
     impl = resolve_impl(impl)
+    key, value = autocast(key), autocast(value)
     check_key_value(key, value)
     kernel_scale = resolve_scale("kernel_scale", kernel_scale, key.shape[-1], positive=True)
     resolved = resolve_strength(strength, key, key.shape[1])
     check_key_mask(key_mask, key.shape[0], key.shape[2], key.device)
+    if isinstance(past, (tuple, list)) and len(past) == 2:
+        past = (autocast(past[0]), past[1])
     past = check_past(past, key, value)
-    key, value = autocast(key), autocast(value)
-    if past is not None:
-        past = (past[0].to(key.dtype), past[1])
     if impl == "reference":
         check_strength_contents(resolved)
         with no_autocast(key):
@@ -100,6 +102,7 @@ def precondition(
                 past=past,
             )
     past_key, past_preconditioned = (None, None) if past is None else past
+    refuse_forward_mode(key, value, resolved, past_key, past_preconditioned)
     solved: Tensor = operators.precondition(
         key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale
     )
@@ -139,15 +142,16 @@ def precondition_varlen(
         >>> from lucid_attention import precondition_varlen
         >>> key, value = torch.ones(4, 1, 8), torch.ones(4, 1, 1)
         >>> offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
-        >>> precondition_varlen(key, value, offsets, max_seqlen=2).flatten().tolist()
+        >>> y = precondition_varlen(key, value, offsets, max_seqlen=2)
+        >>> y.abs().round(decimals=3).flatten().tolist()
         [1.0, 0.0, 1.0, 0.0]
     """
     impl = resolve_impl(impl)
+    key, value = autocast(key), autocast(value)
     check_key_value(key, value, packed=True)
     check_cu_seqlens(cu_seqlens, max_seqlen, key.device)
     kernel_scale = resolve_scale("kernel_scale", kernel_scale, key.shape[-1], positive=True)
     resolved = resolve_strength(strength, key, key.shape[1])
-    key, value = autocast(key), autocast(value)
     if impl == "reference":
         check_strength_contents(resolved)
         offsets = cu_seqlens.tolist()
@@ -156,6 +160,7 @@ def precondition_varlen(
             return reference.precondition_varlen(
                 key, value, offsets, kernel_scale=kernel_scale, strength=resolved
             )
+    refuse_forward_mode(key, value, resolved)
     solved: Tensor = operators.precondition_varlen(
         key, value, cu_seqlens, resolved, max_seqlen, kernel_scale
     )

@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def autocast(tensor: Tensor) -> Tensor:
-    """Cast as autocast casts the inputs of ``F.scaled_dot_product_attention``: not float64."""
+    """Cast as autocast casts the inputs of ``F.scaled_dot_product_attention``: not float64.
+
+    It runs before the arguments are checked, as autocast does, so that float32 keys (after a RoPE
+    in float32) go with half-precision values; what is not a floating tensor is left to the checks.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
     device = tensor.device.type
     if device == "meta":  # it has no autocast, and asking raises
         return tensor

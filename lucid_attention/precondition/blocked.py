@@ -7,14 +7,15 @@ solve and for the key gradient, five products in all. Neither ever holds more of
 Dense batches and packed sequences are one problem here: row ``i`` of a *chain* (one batch row and
 head, or one head of a packed batch) is coupled to the columns ``start_i <= j < i``.
 
-The kernel is centred. With ``r`` the chain's first key and ``a = khat - r``,
+The kernel is centred. With ``r`` the chain's first key brought to length ``sqrt(D)``, and
+``a = khat - r``,
 
-    khat_i . khat_j - D  =  a_i . a_j  +  (khat_i . r - |r|^2)  +  (khat_j . r - D)
+    khat_i . khat_j - D  =  a_i . a_j  +  (khat_i . r - D)  +  (khat_j . r - D)
 
 so that two extra features carry the last two terms and the product itself stays small where keys
-are alike. That is where float32 loses digits otherwise: it is worth a factor of 4 at cosine 0.8 and
-20 to 40 at 0.99. The *first* key, not the mean, so that no token touches the rounding of an earlier
-one. Names of shapes: C chains, N rows, M columns, D head size, E = Dv.
+are alike. That is where float32 loses digits otherwise: it is worth a factor of 3 to 6 at cosine
+0.8 and 17 to 48 at 0.99 (docs/numerics.md). The *first* key, not the mean, so that no token touches
+the rounding of an earlier one. Names of shapes: C chains, N rows, M columns, D head size, E = Dv.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import KEY_EPS
+from .numerics import KEY_EPS
 
 # Rows of a block. Larger blocks spend more in the triangular solve, smaller ones more in launches.
 BLOCK = 128
@@ -37,10 +38,9 @@ TILE_ELEMENTS_DEVICE = 1 << 24
 class Keys(NamedTuple):
     """Normalised keys, centred on ``reference``, with the two features that complete the kernel."""
 
-    columns: Tensor  # (C, N, D + 2): a_j, 1, kernel_scale * (khat_j . r - D)
+    columns: Tensor  # (C, N, D + 2): a_j, 1, scale * (khat_j . r - D)
     reference: Tensor  # (C, N or 1, D)
     inverse_rms: Tensor  # (C, N, 1)
-    row_bias: Tensor  # (C, N or 1, 1): kernel_scale * (D - |r|^2), a row's less a column's
     scale: float
 
     @property
@@ -50,9 +50,8 @@ class Keys(NamedTuple):
     def rows(self, start: int, stop: int) -> Tensor:
         """Left factors of rows ``start:stop``: ``rows @ columns.mT`` is the kernel's exponent."""
         block = self.columns[:, start:stop]
-        bias = self.row_bias[:, start:stop] if self.row_bias.shape[1] > 1 else self.row_bias
         centred, one, weight = block.split((self.head_dim, 1, 1), dim=-1)
-        return torch.cat((centred * self.scale, weight + bias, one), dim=-1)
+        return torch.cat((centred * self.scale, weight, one), dim=-1)
 
 
 class Rows(NamedTuple):
@@ -74,22 +73,24 @@ class Gradients(NamedTuple):
 
 
 def make_keys(key: Tensor, reference: Tensor, kernel_scale: float) -> Keys:
-    """Normalise and centre keys ``(C, N, D)`` on ``reference`` ``(C, N or 1, D)``."""
+    """Normalise keys ``(C, N, D)`` and centre them on ``reference`` ``(C, N or 1, D)``, any keys.
+
+    References are brought to length ``sqrt(D)``. In a packed batch a tile forms exponents between
+    sequences as well, which are not used but must not overflow: with references of one length they
+    stay at or below 0.
+    """
     inverse_rms = torch.rsqrt(key.square().mean(-1, keepdim=True) + KEY_EPS)
     chains, seq, width = key.shape
+    length = reference.square().sum(-1, keepdim=True).sqrt()
+    usable = length.isfinite() & (length > 0)
+    reference = torch.where(usable, reference * (width**0.5 / length), 1.0)
     columns = key.new_empty(chains, seq, width + 2)
     centred = columns[..., :width]
     torch.mul(key, inverse_rms, out=centred)
     columns[..., width + 1 :] = kernel_scale * ((centred * reference).sum(-1, keepdim=True) - width)
     centred -= reference
     columns[..., width] = 1.0
-    row_bias = kernel_scale * (width - reference.square().sum(-1, keepdim=True))
-    return Keys(columns, reference, inverse_rms, row_bias, kernel_scale)
-
-
-def normalize(key: Tensor) -> Tensor:
-    """RMS-normalised keys, as in the reference."""
-    return key * torch.rsqrt(key.square().mean(-1, keepdim=True) + KEY_EPS)
+    return Keys(columns, reference, inverse_rms, kernel_scale)
 
 
 def solve(

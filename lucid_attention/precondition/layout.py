@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Keys, Rows
-from .reference import compute_dtype
+from .numerics import compute_dtype
 from .validation import check_offsets
 
 # Columns that a tile should at least span before more chains share it.
@@ -67,15 +68,17 @@ class Chains:
         return self.mask[index][..., None]
 
     def _reference(self, part: slice) -> Tensor:
-        """Normalised key of each chain's first token, which the kernel is centred on."""
+        """The key of each chain's first token, which the kernel is centred on."""
         if self.past_key is not None and self.past_key.shape[1] > 0:
-            return blocked.normalize(self.past_key[part, :1])
+            return self.past_key[part, :1]
         tokens = self.tokens(part)
         key = self.key[part]
-        if tokens is None or self.seq == 0:
-            return blocked.normalize(key[:, :1]) if self.seq else key.new_zeros(1, 1, key.shape[-1])
+        if self.seq == 0:
+            return key.new_zeros(1, 1, key.shape[-1])
+        if tokens is None:
+            return key[:, :1]
         first = tokens.to(torch.uint8).argmax(1, keepdim=True)
-        return blocked.normalize(key.take_along_dim(first, 1))
+        return key.take_along_dim(first, 1)
 
 
 class Packed:
@@ -83,23 +86,24 @@ class Packed:
 
     def __init__(self, cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> None:
         device = cu_seqlens.device
-        offsets = cu_seqlens.long()
+        host: list[int] | None = None
+        if self.reads_offsets(device, max_seqlen):
+            host = cu_seqlens.tolist()
+            check_offsets(host, total, max_seqlen)
         position = torch.arange(total, device=device)
-        sequence = torch.searchsorted(offsets[1:], position, right=True)
-        # Out of range only where the offsets are wrong and were not read: stay in bounds.
-        sequence.clamp_(max=max(0, cu_seqlens.shape[0] - 2))
-        if self.reads_offsets(device, max_seqlen):
-            check_offsets(cu_seqlens.tolist(), total, max_seqlen)
-        self.starts = offsets[sequence] if total else position
-        self.ends = offsets[1:][sequence] if total else position
-        first_column: list[int]
-        if self.reads_offsets(device, max_seqlen):
-            first_column = self.starts[:: blocked.BLOCK].tolist()
+        # Wrong offsets that were not read give wrong results, but no index out of range.
+        offsets = cu_seqlens.long().clamp(0, total)
+        offsets = torch.cat((offsets, offsets.new_full((1,), total)))
+        sequence = torch.searchsorted(offsets[1:-1], position, right=True)
+        self.starts = torch.minimum(offsets[sequence], position)
+        self.ends = torch.maximum(offsets[sequence + 1], position + 1)
+        blocks = range(0, total, blocked.BLOCK)
+        if host is not None:
+            starts = [host[bisect_right(host, block) - 1] for block in blocks]
         else:
             assert max_seqlen is not None
-            block_starts = range(0, total, blocked.BLOCK)
-            first_column = [min(start, max(0, start - max_seqlen + 1)) for start in block_starts]
-        self.rows = Rows(None, self.starts, tuple(first_column))
+            starts = [min(block, max(0, block - max_seqlen + 1)) for block in blocks]
+        self.rows = Rows(None, self.starts, tuple(starts))
 
     @staticmethod
     def reads_offsets(device: torch.device, max_seqlen: int | None) -> bool:
@@ -107,8 +111,7 @@ class Packed:
         return device.type == "cpu" or max_seqlen is None
 
     def keys(self, key: Tensor, kernel_scale: float) -> Keys:
-        reference = blocked.normalize(key.index_select(1, self.starts))
-        return blocked.make_keys(key, reference, kernel_scale)
+        return blocked.make_keys(key, key.index_select(1, self.starts), kernel_scale)
 
     def after(self, bad: Tensor) -> Tensor:
         """True from the first bad row of a sequence to its end; ``(heads, total)``."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from . import blocked
 from .autocast import no_autocast
 from .blocked import Rows
+from .differentiation import no_second_derivative
 from .layout import Chains, Packed, column, flat, heads_first, parts_of
-from .reference import compute_dtype
+from .numerics import compute_dtype
 from .validation import check_strength_contents
 
 
@@ -258,17 +259,10 @@ def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grads[0], grads[1], None, None if saved[3] is None else grads[2], None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "lucid_attention has no second derivative: its backward pass is not differentiable. Use "
-        "impl='reference', which is (at quadratic memory), or drop create_graph=True."
-    )
-
-
 precondition.register_autograd(_backward, setup_context=_setup)
 precondition_varlen.register_autograd(_backward_varlen, setup_context=_setup_varlen)
-precondition_backward.register_autograd(_no_second_derivative)
-precondition_varlen_backward.register_autograd(_no_second_derivative)
+precondition_backward.register_autograd(no_second_derivative)
+precondition_varlen_backward.register_autograd(no_second_derivative)
 
 
 def _empty_past(chains: Chains) -> tuple[Tensor, Tensor]:

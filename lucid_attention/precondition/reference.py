@@ -12,8 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-KEY_EPS = 1e-6
-"""Added to a key's mean square before its root; the same in every implementation."""
+from .numerics import KEY_EPS, compute_dtype
 
 
 def normalize_keys(key: Tensor) -> Tensor:
@@ -24,11 +23,6 @@ def normalize_keys(key: Tensor) -> Tensor:
     """
     key = key.to(compute_dtype(key))
     return key * torch.rsqrt(key.square().mean(-1, keepdim=True) + KEY_EPS)
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that the arithmetic runs in: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def kernel_matrix(rows: Tensor, columns: Tensor, kernel_scale: float) -> Tensor:

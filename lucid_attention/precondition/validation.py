@@ -8,6 +8,7 @@ memory, because reading them from an accelerator would synchronise it.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -75,7 +76,7 @@ def check_query(query: Tensor, key: Tensor, *, packed: bool = False) -> None:
                 f"{query.shape[axis]} {shapes}. This is self-attention: for new tokens after a "
                 f"cached past, use precondition(..., past=...) and attend to its result."
             )
-    if query.shape[1] % max(key.shape[1], 1) != 0:
+    if query.shape[1] % max(key.shape[1], 1) != 0 or (key.shape[1] == 0 and query.shape[1] > 0):
         raise ValueError(
             f"query heads must be a multiple of key's heads (GQA), got {query.shape[1]} query "
             f"heads for {key.shape[1]} KV heads."
@@ -86,7 +87,7 @@ def resolve_scale(name: str, scale: float | None, head_dim: int, *, positive: bo
     """Return ``scale``, or its default ``1/sqrt(head_dim)``."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
             f"{name} must be a Python float or None (1/sqrt(head_dim)), got {_kind(scale)}. "
             f"Convert a one-element tensor with float(...)."
@@ -123,7 +124,7 @@ def resolve_strength(strength: float | Tensor | None, key: Tensor, heads: int) -
                 f"Use strength.to(key.device)."
             )
         return strength
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
         raise TypeError(
             f"strength must be None, a float in [0, 1] or a tensor of shape (kv_heads,), got "
             f"{_kind(strength)}."
@@ -274,6 +275,8 @@ def _check_float_tensor(name: str, tensor: Tensor, layout: str, dims: int) -> No
         raise ValueError(
             f"{name} must have {dims} dimensions {layout}, got {tensor.ndim} {tuple(tensor.shape)}."
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}. Use .to_dense().")
     if tensor.shape[-1] == 0:
         raise ValueError(f"{name} must have head_dim >= 1, got {tuple(tensor.shape)}.")
 

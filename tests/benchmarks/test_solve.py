@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks import solve
 
@@ -23,13 +26,17 @@ def test_quick_run_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "solve-cpu.png").stat().st_size > 10_000
 
 
-def test_a_wrong_solve_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [torch.Tensor.clone, lambda value: value * torch.nan])
+def test_a_wrong_solve_is_not_timed(
+    make: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = solve.precondition
+
+    def wrong(key: Tensor, value: Tensor, impl: str = "auto") -> Tensor:
+        return right(key, value, impl=impl) if impl == "reference" else make(value)
+
     monkeypatch.setattr(sys, "argv", ["solve", "--quick", "--out", str(tmp_path)])
-    monkeypatch.setattr(
-        solve,
-        "precondition",
-        lambda key, value: value if value.element_size() == 4 else 2 * value,
-    )
+    monkeypatch.setattr(solve, "precondition", wrong)
     with pytest.raises(SystemExit, match=r"relative error .* nothing timed"):
         solve.main()
     assert not list(tmp_path.iterdir())

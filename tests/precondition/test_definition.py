@@ -236,6 +236,22 @@ def test_nan_in_a_batch_stays_in_its_row_and_head(operand: str) -> None:
     assert relative_error(got, clean) < EXACT
 
 
+@pytest.mark.parametrize("first", [0.0, 1e-30, 1e25, math.nan])
+def test_a_sequence_does_not_overflow_its_neighbour(first: float) -> None:
+    """Tiles form exponents between sequences too; with a short reference key those could overflow."""
+    lengths = (150, 60)
+    key = make_keys("cos0.5", 1, 210, 64, dtype=torch.float32).transpose(0, 1).contiguous()
+    key[150] = first
+    key.requires_grad_()
+    value = torch.randn(210, 1, 8, requires_grad=True)
+    y = precondition_varlen(key, value, pack(lengths), kernel_scale=3.0)
+    grads = torch.autograd.grad(y[:150].sum(), (key, value))
+    dense = precondition_varlen(key, value, pack(lengths), kernel_scale=3.0, impl="reference")
+    expected = torch.autograd.grad(dense[:150].sum(), (key, value))
+    for got, exact in zip((y, *grads), (dense, *expected), strict=True):
+        assert relative_error(got[:150], exact[:150]) < 1e-4
+
+
 def test_float32_on_correlated_keys() -> None:
     """The foundation's promise: within 1e-5 of float64 at cosine 0.8 and length 2048."""
     for width in (64, 128):
@@ -288,12 +304,27 @@ def test_chunks_in_half_precision(dtype: torch.dtype) -> None:
         assert relative_error(torch.cat(outputs, dim=2), exact) < bound * rounding
 
 
-def test_past_may_be_wider_than_value() -> None:
+def test_a_wider_past_is_not_rounded() -> None:
     key, value = make_keys("cos0.8", 1, 1, 40, 8, dtype=torch.bfloat16), torch.randn(1, 1, 40, 8)
     value = value.bfloat16()
-    past = (key[:, :, :30], precondition(key[:, :, :30].float(), value[:, :, :30].float()))
-    chunk = precondition(key[:, :, 30:], value[:, :, 30:], past=past)
+    wide = precondition(key[:, :, :30].float(), value[:, :, :30].float())
+    new = (key[:, :, 30:], value[:, :, 30:])
+    chunk = precondition(*new, past=(key[:, :, :30], wide))
     assert chunk.dtype == torch.bfloat16
+    exact = precondition(key.double(), value.double())[:, :, 30:]
+    assert torch.equal(chunk, exact.bfloat16())
+    rounded = precondition(*new, past=(key[:, :, :30], wide.bfloat16()))
+    assert not torch.equal(rounded, chunk)
+
+
+def test_autocast_takes_mixed_dtypes_as_sdpa_does() -> None:
+    """RoPE and QK-norm in float32 leave float32 keys beside half-precision values."""
+    key, value = torch.randn(2, 1, 2, 20, 8).unbind(0)
+    past = (key.bfloat16(), value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.nn.functional.scaled_dot_product_attention(key, key, value.bfloat16())
+        got = precondition(key, value.bfloat16(), past=past)
+    assert torch.equal(got, precondition(key.bfloat16(), value.bfloat16(), past=past))
 
 
 def test_autocast_is_as_for_sdpa() -> None:

@@ -23,9 +23,10 @@ MUTATIONS = {
     "strength ignored across blocks": ("strength * answered\n        if rows.tokens", "answered\n        if rows.tokens"),
     "strength ignored in the diagonal block": ("lower *= strength", "pass"),
     "columns not centred": ("centred -= reference", "pass"),
-    "row bias dropped": ("weight + bias", "weight"),
+    "row's weight dropped": ("(centred * self.scale, weight, one)", "(centred * self.scale, 0 * weight, one)"),
     "upper triangle kept": ("coupled = index[None, :] < index[:, None]", "coupled = index[None, :] != index[:, None]"),
-    "padding not cleared": ("block.masked_fill_(~rows.tokens[:, start:stop], 0.0)", "pass"),
+    "padding not cleared": ("block.masked_fill_(~rows.tokens[:, start:stop], 0.0)\n        lower =", "pass\n        lower ="),
+    "gradient at padding not cleared": ("block.masked_fill_(~rows.tokens[:, start:stop], 0.0)\n\n        lower *=", "pass\n\n        lower *="),
     "padding coupled in the diagonal block": ("coupled = coupled & rows.tokens[:, start:stop]", "pass"),
     "rows of a new sequence not cut off": ("return block.masked_fill((rows.starts", "return block.clone().masked_fill(False & (rows.starts"),
     "sequences coupled in the diagonal block": ("coupled = coupled & (index[None, :] + start >= rows.starts[start:stop, None])", "pass"),
@@ -45,7 +46,7 @@ MUTATIONS = {
 
 
 def mutant(old: str, new: str) -> types.ModuleType:
-    assert SOURCE.count(old) >= 1, f"the source has changed, update the mutation: {old!r}"
+    assert SOURCE.count(old) == 1, f"the source has changed, update the mutation: {old!r}"
     module = types.ModuleType("lucid_attention.precondition.blocked_mutant")
     module.__package__ = "lucid_attention.precondition"
     sys.modules[module.__name__] = module  # dataclasses and NamedTuple look themselves up

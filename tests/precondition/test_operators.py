@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lucid_attention import lucid_attention, precondition, precondition_varlen
+from lucid_attention import (
+    lucid_attention,
+    lucid_attention_varlen,
+    precondition,
+    precondition_varlen,
+)
 from lucid_attention.blocked_softmax import blocked_softmax
 from lucid_attention.precondition import blocked, operators
 from tests.conftest import make_keys, relative_error
@@ -61,16 +66,16 @@ def test_opcheck_blocked_softmax(softcap: float | None) -> None:
 
 
 def test_fakes_cost_nothing() -> None:
+    """Shapes follow on the meta device, where a million tokens take no memory."""
     with torch.device("meta"):
-        key, value = torch.empty(1, 4, 1 << 20, 64), torch.empty(1, 4, 1 << 20, 32)
-        assert precondition(key, value).shape == value.shape
         query = torch.empty(1, 8, 1 << 20, 64)
+        key, value = torch.empty(1, 4, 1 << 20, 64), torch.empty(1, 4, 1 << 20, 32)
         offsets = torch.empty(5, dtype=torch.int32)
-        packed = precondition_varlen(
-            key[0].mT.mT.transpose(0, 1), value[0].transpose(0, 1), offsets
-        )
-    assert packed.shape == (1 << 20, 4, 32)
-    assert query.shape[1] == 8
+        assert precondition(key, value).shape == value.shape
+        assert lucid_attention(query, key, value).shape == (1, 8, 1 << 20, 32)
+        packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+        assert precondition_varlen(*packed[1:], offsets).shape == (1 << 20, 4, 32)
+        assert lucid_attention_varlen(*packed, offsets).shape == (1 << 20, 8, 32)
 
 
 def test_compile_one_graph_for_all_lengths() -> None:
@@ -127,6 +132,54 @@ def test_compile_packed_and_past_and_autocast() -> None:
     assert torch.equal(got, chunk(*operands))
 
 
+def test_compile_whole_packed_attention() -> None:
+    def function(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, n: int) -> Tensor:
+        return lucid_attention_varlen(query, key, value, offsets, max_seqlen=n)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((30, 40), (5, 90), (200, 1)):
+        total = sum(lengths)
+        query, key, value = torch.randn(total, 4, 8), *torch.randn(2, total, 2, 8).unbind(0)
+        arguments = (query, key, value, pack(lengths), max(lengths))
+        assert relative_error(compiled(*arguments), function(*arguments)) < 1e-6
+
+
+def test_a_schedule_of_floats_does_not_recompile_for_ever() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda key, value, b: precondition(key, value, strength=b), fullgraph=True, backend=count
+    )
+    key, value = torch.randn(2, 1, 2, 20, 8).unbind(0)
+    for step in range(6):
+        got = compiled(key, value, step / 10 + 0.05)
+        expected = precondition(key, value, strength=step / 10 + 0.05)
+        assert relative_error(got, expected) < 1e-6
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_mode_is_refused(packed: bool) -> None:
+    key, value = torch.randn(2, 5, 1, 4).unbind(0)
+    offsets = pack((2, 3))
+
+    def solve(value: Tensor) -> Tensor:
+        if packed:
+            return precondition_varlen(key, value, offsets)
+        return precondition(key.mT[None], value.mT[None])
+
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative .*impl='reference'"):
+        torch.func.jvp(solve, (value,), (value,))
+    dense = torch.func.jvp(
+        lambda v: precondition(key[None], v[None], impl="reference"), (value,), (value,)
+    )
+    assert dense[1].abs().sum() > 0
+
+
 def test_repeats_bit_for_bit() -> None:
     key, value, _ = (x.detach() for x in samples(torch.float32))
     key = make_keys("cos0.9", 2, 2, 500, 16, dtype=torch.float32).requires_grad_()
@@ -157,7 +210,7 @@ def test_neither_pass_holds_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
     for seq in (1024, 4096):
         key, value = torch.randn(2, 1, 1, seq, 16).unbind(0)
         rows = blocked.Rows(None, None, None)
-        keys = blocked.make_keys(key[0], blocked.normalize(key[0, :, :1]), 0.25)
+        keys = blocked.make_keys(key[0], key[0, :, :1], 0.25)
         with Largest() as largest:
             y = value[0].clone()
             blocked.solve(keys, y, None, rows, None)

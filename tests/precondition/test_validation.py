@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,7 @@ DENSE_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"value": R(1, 3, 10, 4)}, ValueError, r"value must have key's batch, expected 2, got 1"),
     ({"value": R(2, 6, 10, 4)}, ValueError, r"value must have key's heads, expected 3, got 6.*GQA"),
     ({"value": R(2, 3, 11, 4)}, ValueError, r"value must have key's seq, expected 10, got 11"),
+    ({"key": R(2, 3, 10, 8).to_sparse()}, TypeError, r"key must be a dense tensor, got torch.sparse_coo"),
     ({"key": R(2, 3, 10, 0)}, ValueError, r"key must have head_dim >= 1"),
     ({"value": R(2, 3, 10, 0)}, ValueError, r"value must have head_dim >= 1"),
     ({"kernel_scale": 0.0}, ValueError, r"kernel_scale must be positive, got 0.0.*None"),
@@ -111,6 +113,7 @@ QUERY_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": R(1, 3, 10, 8)}, ValueError, r"query must have key's batch, expected 2, got 1"),
     ({"query": R(2, 3, 1, 8)}, ValueError, r"query must have key's seq, expected 10, got 1.*past"),
     ({"query": R(2, 4, 10, 8)}, ValueError, r"query heads must be a multiple .* got 4 query heads for 3 KV heads"),
+    ({"key": R(2, 0, 10, 8), "value": R(2, 0, 10, 4)}, ValueError, r"query heads must be a multiple .* got 6 query heads for 0 KV heads"),
     ({"query": R(2, 6, 10, 8, device="meta")}, ValueError, r"query must be on key's device"),
     ({"scale": math.inf}, ValueError, r"scale must be finite"),
     ({"scale": "1"}, TypeError, r"scale must be a Python float"),
@@ -164,6 +167,9 @@ def test_packed_query() -> None:
 def test_good_input_passes() -> None:
     """The arguments that the cases above change are right as they stand."""
     precondition(**dense())
+    precondition(**dense(), kernel_scale=np.float32(0.5), strength=np.float64(0.5))
+    precondition(torch.randn(0, 3, 10, 8), torch.randn(0, 3, 10, 4))
+    precondition(torch.randn(2, 0, 10, 8), torch.randn(2, 0, 10, 4))
     precondition_varlen(**packed())
     lucid_attention(**dense(query=R(2, 6, 10, 8)))
     lucid_attention(**dense(query=R(2, 6, 10, 8)), scale=-1.0)  # a softmax takes any finite scale

@@ -1,0 +1,30 @@
+"""What the hand-written gradients do not offer, refused by name: PyTorch would be silent or vague."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_forward_mode(*operands: Tensor | None) -> None:
+    """Raise if an operand carries a tangent: a custom operator would return a tangent of 0."""
+    if torch.compiler.is_compiling():
+        return
+    for operand in operands:
+        if operand is not None and forward_ad.unpack_dual(operand).tangent is not None:
+            raise RuntimeError(
+                "lucid_attention has no forward-mode derivative (jvp). Use impl='reference', which "
+                "has one (at quadratic memory), or reverse mode."
+            )
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The autograd formula of every backward operator."""
+    raise RuntimeError(
+        "lucid_attention has no second derivative: its backward pass is not differentiable. Drop "
+        "create_graph=True, or use impl='reference' of the public functions, which has one (at "
+        "quadratic memory)."
+    )
