@@ -47,12 +47,16 @@ def run(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
 
 
 def compare(
-    got: list[Tensor], dense: list[Tensor], exact: list[Tensor], dtype: torch.dtype
+    got: list[Tensor],
+    dense: list[Tensor],
+    exact: list[Tensor],
+    dtype: torch.dtype,
+    roundings: int = 2,
 ) -> None:
-    """At most twice the error of the dense definition in the same dtype, plus one rounding."""
+    """At most twice the error of the dense definition in the same dtype, plus a few roundings."""
     for g, d, e in zip(got, dense, exact, strict=True):
         assert g.dtype == dtype
-        rounding = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+        rounding = 1e-12 if dtype == torch.float64 else roundings * torch.finfo(dtype).eps
         bound = 2 * relative_error(d, e) + rounding
         assert relative_error(g, e) < bound
 
@@ -149,18 +153,20 @@ def test_softmax_half(dtype: torch.dtype, queries: int, extra: str, start: str) 
         options["sinks"] = torch.randn(4, device="cuda")
     if extra == "softcap":
         options["softcap"] = 2.0
-    position = torch.tensor(0, device="cuda") if start == "tensor" else None
+    first = 5 if start == "tensor" else None  # as a pre-allocated cache that is still filling
+    position = None if first is None else torch.tensor(first, device="cuda")
     got = run(lambda *x: softmax_attention(*x, query_start=position, **options), leaves)
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    if "sinks" in options:
-        options["sinks"] = options["sinks"].double()  # type: ignore[union-attr]
     scale = options.pop("scale")
-    first = 0 if start == "tensor" else None
-    exact = run(lambda *x: naive(*x, scale, start=first, **options), wide)
-    # PyTorch's kernels round the weights to the operands' dtype between their two products
-    bound = 1e-11 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
-    for g, e in zip(got, exact, strict=True):
-        assert relative_error(g, e) < bound
+
+    def textbook(cast: torch.dtype) -> list[Tensor]:
+        wide = [x.detach().to(cast).requires_grad_() for x in leaves]
+        extras = dict(options)
+        if "sinks" in extras:
+            extras["sinks"] = extras["sinks"].to(cast)  # type: ignore[union-attr]
+        return run(lambda *x: naive(*x, scale, start=first, **extras), wide)
+
+    # PyTorch's own float32 kernels group 700 terms in their own way: 9e-7 was measured
+    compare(got, textbook(dtype), textbook(torch.float64), dtype, roundings=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
