@@ -209,7 +209,16 @@ def _heading(axes: Axes, title: str, conditions: str) -> None:
     figure.text(
         left, top + 0.035, conditions, fontsize=8.5, color=_FAINT, va="bottom", linespacing=1.45
     )
-    figure.text(left, 0.965, title, fontsize=13, fontweight="bold", color=_TEXT, va="top")
+    figure.text(
+        left,
+        0.965,
+        title,
+        fontsize=13,
+        fontweight="bold",
+        color=_TEXT,
+        va="top",
+        parse_math=False,  # a file name may hold dollar signs
+    )
 
 
 def _png(figure: Figure) -> bytes:

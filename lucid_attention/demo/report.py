@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -57,7 +58,7 @@ def _memory_table(record: DemoRecord) -> Table:
 
 def _loss_table(record: DemoRecord) -> Table:
     table = Table(
-        title=f"Language model: {record.text}",
+        title=f"Language model: {escape(record.text)}",  # a file name may look like markup
         title_justify="left",
         caption="one seed, a tiny model: a check that training works, no claim about which is "
         "better",

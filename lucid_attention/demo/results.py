@@ -40,14 +40,17 @@ class ResultsFolder:
         """Raise what :meth:`create` would raise for a folder already in use; makes nothing.
 
         Raises:
-            FolderError: ``out`` is a file or a folder with something in it.
+            FolderError: ``out`` is a file, a folder with something in it, or cannot be looked at.
         """
-        if out is None or not out.exists():
-            return
-        if not out.is_dir():
-            raise FolderError(f"--out {out}: is a file; name a new or an empty folder")
-        if any(out.iterdir()):
-            raise FolderError(f"--out {out}: is not empty; name a new or an empty folder")
+        try:
+            if out is None or not out.exists():
+                return
+            if not out.is_dir():
+                raise FolderError(f"--out {out}: is a file; name a new or an empty folder")
+            if any(out.iterdir()):
+                raise FolderError(f"--out {out}: is not empty; name a new or an empty folder")
+        except OSError as error:
+            raise FolderError(f"--out {out}: cannot be used ({error.strerror})") from None
 
     @classmethod
     def create(

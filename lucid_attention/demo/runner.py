@@ -64,9 +64,9 @@ def run_demo(
     ResultsFolder.check(out)
     corpus = prepare_corpus(text, config.language_model)
     folder = ResultsFolder.create(out)
-    console.print(f"Results go to {folder.path}", highlight=False, soft_wrap=True)
+    _say(console, f"Results go to {folder.path}")
     if corpus.note:
-        console.print(f"{corpus.name}: {corpus.note}", highlight=False)
+        _say(console, f"{corpus.name}: {corpus.note}")
     record = DemoRecord(
         config=config,
         text=corpus.name,
@@ -161,6 +161,11 @@ def _sum_up(record: DemoRecord, folder: ResultsFolder, console: Console) -> None
     plain.print(tables)
     folder.write_text("summary.txt", plain.export_text())
     if record.status == "interrupted":
-        console.print("Interrupted: what was finished is kept.", highlight=False)
+        _say(console, "Interrupted: what was finished is kept.")
     names = sorted(path.name for path in folder.path.iterdir())
-    console.print(f"Results in {folder.path}: {', '.join(names)}", highlight=False, soft_wrap=True)
+    _say(console, f"Results in {folder.path}: {', '.join(names)}")
+
+
+def _say(console: Console, line: str) -> None:
+    """A line that holds names of the user's files, which are not markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

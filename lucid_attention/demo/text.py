@@ -58,11 +58,11 @@ def read_text(path: Path) -> str:
     Raises:
         TextError: the file is missing, a folder, unreadable, empty, binary or not UTF-8.
     """
-    if not path.exists():
-        raise TextError(f"--text {path}: no such file")
-    if path.is_dir():
-        raise TextError(f"--text {path}: is a folder; name one plain-text file")
     try:
+        if not path.exists():
+            raise TextError(f"--text {path}: no such file")
+        if path.is_dir():
+            raise TextError(f"--text {path}: is a folder; name one plain-text file")
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAXIMUM_CHARACTERS + 1)
     except UnicodeDecodeError as error:

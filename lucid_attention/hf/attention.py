@@ -34,7 +34,7 @@ from lucid_attention.attention import softmax_attention, softmax_attention_varle
 
 from .cache import LucidLayer
 from .masks import Packing, convert_4d_mask, pack
-from .strength import SUBMODULE
+from .strength import SUBMODULE, strength_of
 
 CONTEXT = "lucid_context"  # the keyword under which a decoder's hook hands it to every layer
 
@@ -44,7 +44,9 @@ class ForwardContext:
     """What one forward pass of an enabled decoder tells its attention layers.
 
     `cache`: the cache in use. `documents`: document numbers `(batch, seq)` of a packed batch.
-    `packing`, `masks`, `local_masks`: worked out by the first layer that needs them, then shared.
+    `packing`, `masks`, `local_masks`: worked out by the first layer that needs them, then shared;
+    masks by the id of the tensor they were made from, which is kept alive beside them.
+    `padding_checked`: whether a layer has compared the mask with what its cache remembers.
     """
 
     cache: Cache | None = None
@@ -52,8 +54,9 @@ class ForwardContext:
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
     packing: Packing | None = None
-    masks: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    local_masks: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+    local_masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    padding_checked: bool = False
 
 
 def lucid_attention_forward(
@@ -111,10 +114,11 @@ def lucid_attention_forward(
     real, documents = attention_mask, context.documents
     if attention_mask is not None and attention_mask.ndim == 4:
         if id(attention_mask) not in context.masks:
-            context.masks[id(attention_mask)] = convert_4d_mask(
-                attention_mask, query.shape[0], query.shape[2], key.shape[2]
+            context.masks[id(attention_mask)] = (
+                attention_mask,
+                *convert_4d_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2]),
             )
-        real, documents = context.masks[id(attention_mask)]
+        _, real, documents = context.masks[id(attention_mask)]
 
     index: int = module.layer_idx  # type: ignore[assignment]
     layer = None
@@ -131,7 +135,7 @@ def lucid_attention_forward(
             )
         output = _packed(context, lucid, query, key, value, real, documents, softmax)
     elif isinstance(layer, LucidLayer) and layer.pending is not None:
-        output = _cached(layer, lucid, query, real, softmax)
+        output = _cached(context, layer, lucid, query, real, softmax)
     else:
         keys, values, real, start = _aligned(layer, query.shape[2], key, value, real)
         if lucid is not None:
@@ -144,7 +148,7 @@ def lucid_attention_forward(
                     "prepared with lucid_attention.hf.enable.",
                 )
             values = precondition(
-                keys, values, strength=lucid(values), key_mask=real, impl=lucid.impl
+                keys, values, strength=strength_of(lucid, values), key_mask=real, impl=lucid.impl
             )
         output = softmax(query, keys, values, real, start)
     return output.transpose(1, 2).contiguous(), None
@@ -207,7 +211,12 @@ class _Softmax:
 
 
 def _cached(
-    layer: LucidLayer, lucid: Any, query: Tensor, real: Tensor | None, softmax: _Softmax
+    context: ForwardContext,
+    layer: LucidLayer,
+    lucid: Any,
+    query: Tensor,
+    real: Tensor | None,
+    softmax: _Softmax,
 ) -> Tensor:
     """Preconditions the pending rows against the cached `(K, Y)`, commits them, attends to all."""
     pending = layer.pending
@@ -215,6 +224,12 @@ def _cached(
     length = query.shape[2]
     keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
     past = pending.past
+    graph = torch.compiler.is_compiling() or (
+        query.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    if not context.padding_checked and not graph:
+        layer.check_padding(real)
+        context.padding_checked = True
     if pending.position is None:
         new_real = None if real is None else real[:, -length:]
         past_keys = keys[:, :, : keys.shape[2] - length]
@@ -228,7 +243,7 @@ def _cached(
         new = precondition(
             key,
             value,
-            strength=lucid(value),
+            strength=strength_of(lucid, value),
             key_mask=new_real,
             past=(past_keys, past) if past.shape[2] > 0 else None,
             impl=lucid.impl,
@@ -296,7 +311,7 @@ def _packed(
             v,
             packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
-            strength=lucid(v),
+            strength=strength_of(lucid, v),
             impl=lucid.impl,
         )
     output = softmax.packed(q, k, v, packing)
@@ -327,8 +342,8 @@ def _within_documents(context: ForwardContext, mask: Tensor | None, length: int)
             same = same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
         else:
             same = same & mask  # bool: `lucid_mask` made it, a packed batch comes without a mask
-        context.local_masks[id(mask)] = same
-    return context.local_masks[id(mask)]
+        context.local_masks[id(mask)] = (mask, same)
+    return context.local_masks[id(mask)][1]
 
 
 def _stock(

@@ -43,11 +43,18 @@ class Pending:
 
 
 class LucidLayer:
-    """What growing and static LUCID layers share: arming, the pending rows, the checks."""
+    """What growing and static LUCID layers share: arming, the pending rows, the checks.
+
+    `known`, `real`: how many of the first cached positions were committed with a mask that is known
+    here, and that mask, bool `(batch, known)`; None where all of them are real. Compiled steps do
+    not extend it, and only the first LUCID layer of a model keeps it.
+    """
 
     armed = False
     pending: Pending | None = None
     float32 = False
+    known = 0
+    real: Tensor | None = None
     keys: Any
     values: Any
 
@@ -78,6 +85,57 @@ class LucidLayer:
     def commit(self, preconditioned: Tensor) -> Tensor:
         """Stores the new rows of `Y`; returns all of `Y`, on the compute device."""
         raise NotImplementedError
+
+    def check_padding(self, real: Tensor | None) -> None:
+        """Checks that positions whose `Y` is cached are padding now if and only if they were then,
+        and remembers the padding of the pending ones. `real`: bool `(batch, keys)`, or None.
+
+        Raises ValueError otherwise: `Y` would be that of another mask.
+        """
+        assert self.pending is not None
+        batch, _, length, _ = self.pending.key.shape
+        past = self.pending.past.shape[2]
+        if self.pending.position is not None:
+            past = int(self.pending.position[0])
+        known = min(self.known, past)
+        before = None if self.real is None else self.real[:, :known]
+        if before is not None or (real is not None and known > 0):
+            ones = torch.ones(batch, known, dtype=torch.bool, device=self.pending.key.device)
+            before = ones if before is None else before
+            now = ones if real is None else real[:, :known]
+            # A row in which nothing is real is not attended to at all.
+            used = None if real is None else real[:, : past + length].any(1, keepdim=True)
+            differs = (now != before) if used is None else (now != before) & used
+            if bool(differs.any()):
+                row, position = (int(i) for i in differs.nonzero()[0])
+                raise ValueError(
+                    "attention_mask: the padding of cached positions changed (first at row "
+                    f"{row}, position {position}), but their preconditioned values were computed "
+                    "with the mask of the earlier passes; pass the same mask for them, or start "
+                    "with a new cache"
+                )
+        if known < past:
+            self.known, self.real = known, before  # compiled steps came between
+            return
+        self.known = past + length
+        if before is None and real is None:
+            self.real = None
+            return
+        if before is None:
+            before = torch.ones(batch, past, dtype=torch.bool, device=self.pending.key.device)
+        new = before.new_ones(batch, length) if real is None else real[:, past : past + length]
+        self.real = torch.cat([before, new], dim=1)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.known, self.real = 0, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select(beam_idx)
+
+    def _select(self, rows: Tensor) -> None:
+        self.real = None if self.real is None else self.real[rows.to(self.real.device)]
 
 
 class LucidDynamicLayer(LucidLayer, DynamicLayer):
@@ -115,6 +173,19 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         self.values = values.to(self.keys.device)
         self.pending = None
         return values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.known = min(self.known, self.keys.shape[-2]) if self.is_initialized else 0
+        self.real = None if self.real is None else self.real[:, : self.known]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.real = None if self.real is None else self.real.repeat_interleave(repeats, dim=0)
 
 
 class LucidStaticLayer(LucidLayer, StaticLayer):
@@ -257,3 +328,10 @@ def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> Non
                 "quantise the raw values before these can be preconditioned; use the default "
                 "(dynamic) or the static cache"
             )
+
+
+def disarm(cache: Cache) -> None:
+    """Takes back what `arm` permitted and the forward pass did not use."""
+    for layer in cache.layers:
+        if isinstance(layer, LucidLayer):
+            layer.armed = False

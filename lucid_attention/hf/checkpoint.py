@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .strength import LearnedStrength
 
@@ -38,13 +39,25 @@ FAMILIES = {
     "Olmo2Config": "lucid_olmo2",
     "Phi3Config": "lucid_phi3",
 }
+_MADE: dict[type, Any] = {}  # stock class -> LUCID class
+_REGISTERED: set[Any] = set()
 _MODELS = {
     "Model": "AutoModel",
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
 _PREFIX = "Lucid"
+
+
+def other_attention(value: Any) -> ValueError:
+    """The error for a LUCID checkpoint or model that is about to run with other attention."""
+    return ValueError(
+        f'attn_implementation: expected "lucid" for a LUCID model, got {value!r}, which would read '
+        "its weights with other attention; leave attn_implementation out, and to go back to "
+        "softmax on purpose call lucid_attention.hf.disable(model) on the loaded model"
+    )
 
 
 class LucidConfigMixin:
@@ -59,11 +72,23 @@ class LucidConfigMixin:
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value: str | None) -> None:
         if value not in (None, IMPLEMENTATION):
+            raise other_attention(value)
+
+    @property
+    def output_attentions(self) -> bool:
+        return False
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        if value:
             raise ValueError(
-                f'attn_implementation: expected "lucid" for a LUCID model, got {value!r}, which '
-                "would read its weights with other attention; to go back to softmax on purpose "
-                "call lucid_attention.hf.disable(model) on the loaded model"
+                "output_attentions: attention weights are never formed with LUCID attention; "
+                "expected False, got True; call lucid_attention.hf.disable(model, 'eager') on the "
+                "loaded model to see the weights of its softmax twin"
             )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduce(self, super().__reduce_ex__(protocol))
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -82,19 +107,18 @@ class LucidModelMixin:
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        if attn_implementation not in (None, IMPLEMENTATION):
-            paged = str(attn_implementation).startswith("paged|")
+        if str(attn_implementation).startswith("paged|"):
             raise ValueError(
                 f'attn_implementation: expected "lucid" for a LUCID model, got '
-                f"{attn_implementation!r}; "
-                + (
-                    "continuous batching (paged attention) is not supported with LUCID attention; "
-                    "use generate() with the default or the static cache"
-                    if paged
-                    else "to go back to softmax call lucid_attention.hf.disable(model)"
-                )
+                f"{attn_implementation!r}; continuous batching (paged attention) is not supported "
+                "with LUCID attention; use generate() with the default or the static cache"
             )
+        if attn_implementation not in (None, IMPLEMENTATION):
+            raise other_attention(attn_implementation)
         return IMPLEMENTATION
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduce(self, super().__reduce_ex__(protocol))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LearnedStrength):
@@ -108,22 +132,31 @@ def lucid_config_class(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The LUCID subclass of a stock config class; the class itself if it is one already."""
     if issubclass(stock, LucidConfigMixin):
         return stock
-    return _subclass(
-        stock, LucidConfigMixin, model_type=FAMILIES.get(stock.__name__, stock.model_type)
+    tested = getattr(transformers, stock.__name__, None) is stock
+    model_type = FAMILIES.get(stock.__name__) if tested else None
+    made: type[PreTrainedConfig] = _subclass(
+        stock, LucidConfigMixin, model_type=model_type or stock.model_type
     )
+    return made
 
 
 def lucid_model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The LUCID subclass of a stock model class; the class itself if it is one already."""
     if issubclass(stock, LucidModelMixin):
         return stock
-    return _subclass(stock, LucidModelMixin, config_class=lucid_config_class(stock.config_class))
+    config_class = lucid_config_class(stock.config_class)
+    made: type[PreTrainedModel] = _subclass(stock, LucidModelMixin, config_class=config_class)
+    if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        # By this list of names the Trainer tells whether to shift the labels (label smoothing), and
+        # the text-generation pipeline whether a model can generate. Its keys are model types; this
+        # one is nobody's.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.__name__] = made.__name__
+    return made
 
 
 def _subclass(stock: type, mixin: type, **attributes: Any) -> Any:
-    name = _PREFIX + stock.__name__
-    made = globals().get(name)
-    if made is None or made.lucid_stock_class is not stock:
+    if stock not in _MADE:
+        name = _PREFIX + stock.__name__
         made = type(
             name,
             (mixin, stock),
@@ -134,12 +167,29 @@ def _subclass(stock: type, mixin: type, **attributes: Any) -> Any:
                 **attributes,
             },
         )
-        globals()[name] = made  # where pickle and `from ... import LucidLlamaForCausalLM` look
-    return made
+        _MADE[stock] = made
+        globals()[name] = made  # where `from ... import LucidLlamaForCausalLM` looks
+    return _MADE[stock]
+
+
+def _reduce(instance: Any, reduced: Any) -> Any:
+    """Pickles a LUCID object by its stock class: the LUCID one of a user's class is made on demand,
+    and another process has not made it yet.
+    """
+    kind = type(instance)
+    if _MADE.get(kind.lucid_stock_class) is not kind:
+        return reduced  # a class that was derived from a LUCID one
+    return (_new_instance, (kind.lucid_stock_class,), *reduced[2:])
+
+
+def _new_instance(stock: Any) -> Any:
+    model = issubclass(stock, PreTrainedModel)
+    made: Any = lucid_model_class(stock) if model else lucid_config_class(stock)
+    return made.__new__(made)
 
 
 def __getattr__(name: str) -> Any:
-    """Makes the class of an untested family when it is unpickled in another process."""
+    """Makes the class of an untested family when it is imported by its name."""
     stock = getattr(transformers, name.removeprefix(_PREFIX), None)
     if name.startswith(_PREFIX) and isinstance(stock, type):
         if issubclass(stock, PreTrainedModel):
@@ -154,13 +204,19 @@ def register_families() -> None:
     for stock_name, model_type in FAMILIES.items():
         config_class = lucid_config_class(getattr(transformers, stock_name))
         AutoConfig.register(model_type, config_class, exist_ok=True)
-        family = stock_name.removesuffix("Config")
-        for suffix, auto_name in _MODELS.items():
-            # Gemma3TextConfig belongs to Gemma3TextModel but to Gemma3ForCausalLM.
-            names = (family + suffix, family.removesuffix("Text") + suffix)
-            stock = next(
-                (getattr(transformers, n) for n in names if hasattr(transformers, n)), None
-            )
-            if stock is not None and issubclass(stock.config_class, config_class.lucid_stock_class):
-                auto = getattr(transformers, auto_name)
-                auto.register(config_class, lucid_model_class(stock), exist_ok=True)
+        register_models(config_class)
+
+
+def register_models(config_class: Any) -> None:
+    """Lets the Auto classes build models from a LUCID config, for any family."""
+    if config_class in _REGISTERED:
+        return
+    _REGISTERED.add(config_class)
+    family = config_class.lucid_stock_class.__name__.removesuffix("Config")
+    for suffix, auto_name in _MODELS.items():
+        # Gemma3TextConfig belongs to Gemma3TextModel but to Gemma3ForCausalLM.
+        names = (family + suffix, family.removesuffix("Text") + suffix)
+        stock = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+        if stock is not None and issubclass(stock.config_class, config_class.lucid_stock_class):
+            auto = getattr(transformers, auto_name)
+            auto.register(config_class, lucid_model_class(stock), exist_ok=True)

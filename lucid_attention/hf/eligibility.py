@@ -36,8 +36,8 @@ def pretrained_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The self-attention modules by layer index, or the reason why there are none to switch."""
+def refuse_composite(model: PreTrainedModel) -> None:
+    """Raises ValueError for models in which LUCID attention would not be causal self-attention."""
     config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -49,6 +49,12 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"model: expected a text decoder, got {name}, a composite (multimodal) model whose "
             "masks are not causal for all tokens; load its text model alone"
         )
+
+
+def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The self-attention modules by layer index, or the reason why there are none to switch."""
+    config, name = model.config, type(model).__name__
+    refuse_composite(model)
     if config.model_type in _UNSUPPORTED:
         raise ValueError(
             f"model: {name} is not supported with LUCID attention: {_UNSUPPORTED[config.model_type]}"
@@ -104,19 +110,28 @@ def eligible_layers(model: PreTrainedModel, attention: dict[int, nn.Module]) -> 
 
 
 def chosen_layers(
-    layers: Iterable[int] | None, eligible: list[int], attention: dict[int, nn.Module]
+    layers: Iterable[int] | None,
+    eligible: list[int],
+    attention: dict[int, nn.Module],
+    number: int,
 ) -> list[int]:
+    """The layers that a user named, of a decoder with `number` layers, checked and sorted."""
     if layers is None:
         return eligible
     if isinstance(layers, (str, int)) or not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a list of layer indices or None, got {layers!r}")
-    number, chosen = len(attention), set()
+    chosen = set()
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"layers: expected integers, got {index!r}")
         wrapped = index + number if index < 0 else index
-        if wrapped not in attention:
+        if not 0 <= wrapped < number:
             raise ValueError(f"layers: expected indices below {number} (the layers), got {index}")
+        if wrapped not in attention:
+            raise ValueError(
+                f"layers: layer {index} has no self-attention; the layers that can be switched are "
+                f"{eligible}"
+            )
         if wrapped not in eligible:
             raise ValueError(
                 f"layers: layer {index} is not a causal full-attention layer; the layers that can "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,21 +13,25 @@ from transformers import PreTrainedModel
 
 from lucid_attention.precondition.validation import resolve_impl
 
+from .attention import warn_once
 from .checkpoint import (
     IMPLEMENTATION,
     LucidConfigMixin,
     LucidModelMixin,
     lucid_config_class,
     lucid_model_class,
+    other_attention,
+    register_models,
 )
 from .eligibility import (
     attention_layers,
     chosen_layers,
     eligible_layers,
     pretrained_model,
+    refuse_composite,
     warn_if_untested,
 )
-from .hook import before_forward
+from .hook import after_forward, before_forward
 from .strength import (
     SUBMODULE,
     FixedStrength,
@@ -89,7 +94,7 @@ def enable(
     resolve_impl(impl)
     attention = attention_layers(pretrained)
     eligible = eligible_layers(pretrained, attention)
-    chosen = chosen_layers(layers, eligible, attention)
+    chosen = chosen_layers(layers, eligible, attention, pretrained.config.num_hidden_layers)
     kv_heads = {index: kv_heads_of(attention[index]) for index in chosen}
     if strength is None or isinstance(strength, (str, int, float)):
         parsed = parse_strength(strength, len(chosen), 1)
@@ -104,6 +109,13 @@ def enable(
         _check_peft_trains(attention, chosen)
 
     warn_if_untested(pretrained)
+    if _is_peft(model, pretrained) and not isinstance(pretrained, LucidModelMixin):
+        warn_once(
+            "adapter",
+            "saving this PEFT model's adapter alone does not save that its base is LUCID now, so "
+            "the adapter would load onto softmax. Enable the base model before get_peft_model, "
+            "save it with save_pretrained, and load it from there: the adapter then names it.",
+        )
     _become_lucid(model, pretrained)
     decoder = pretrained.base_model
     decoder.config.lucid = {"layers": chosen, "strength": parsed}
@@ -115,6 +127,7 @@ def enable(
         _install_strength(module, parsed, chosen.index(index), len(chosen), impl)
     if before_forward not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
+        decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
     return model
 
 
@@ -132,7 +145,8 @@ def disable(model: nn.Module, attn_implementation: str = "sdpa") -> nn.Module:
 
     Raises:
         TypeError: `model` is not a transformers model.
-        ValueError: it is not a LUCID model.
+        ValueError: it is not a LUCID model, or `attn_implementation` is "lucid" or unknown to the
+            model; the model is then as it was.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,6 +157,21 @@ def disable(model: nn.Module, attn_implementation: str = "sdpa") -> nn.Module:
         'LlamaForCausalLM'
     """
     pretrained = _lucid_model(model)
+    if attn_implementation == IMPLEMENTATION:
+        raise ValueError(
+            'attn_implementation: expected softmax attention ("sdpa", "eager", ...), got "lucid"'
+        )
+    old = pretrained.config
+    new = copy.deepcopy(old)
+    new.__class__ = old.lucid_stock_class
+    del new.lucid
+    _replace(model, old, new, lambda cls: cls.lucid_stock_class)
+    new._attn_implementation = None
+    try:
+        pretrained.set_attn_implementation(attn_implementation)
+    except BaseException:
+        _replace(model, new, old, lucid_model_class)
+        raise
     for module in pretrained.modules():
         if hasattr(module, SUBMODULE):
             delattr(module, SUBMODULE)
@@ -150,20 +179,19 @@ def disable(model: nn.Module, attn_implementation: str = "sdpa") -> nn.Module:
             if hook is before_forward:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    old = pretrained.config
-    new = copy.deepcopy(old)
-    new.__class__ = old.lucid_stock_class
-    del new.lucid
-    _replace(model, old, new, lambda cls: cls.lucid_stock_class)
-    new._attn_implementation = None
-    pretrained.set_attn_implementation(attn_implementation)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is after_forward:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
     return model
 
 
 def strengths(model: nn.Module) -> Tensor:
     """The strengths in use, fp32 `(LUCID layers, KV heads)` on the CPU, learned ones included.
 
-    Raises TypeError or ValueError as `disable` does.
+    Raises TypeError or ValueError as `disable` does, and ValueError for learned strengths on the
+    meta device, which have no values.
     """
     pretrained = _lucid_model(model)
     rows = []
@@ -172,14 +200,17 @@ def strengths(model: nn.Module) -> Tensor:
         [m for m in pretrained.modules() if SUBMODULE in m._modules],
         strict=True,
     ):
-        with torch.no_grad():
-            value = module(next(layer.parameters()))
-        value = (
-            torch.tensor(1.0 if value is None else value)
-            if not isinstance(value, Tensor)
-            else value
-        )
-        rows.append(value.float().cpu().expand(kv_heads_of(layer)))
+        if isinstance(module, FixedStrength):
+            value = torch.tensor(module.value, dtype=torch.float32, device="cpu")
+        elif module.strength_bias.is_meta:
+            raise ValueError(
+                "model: its learned strengths are on the meta device and have no values yet; load "
+                "its weights first"
+            )
+        else:
+            with torch.no_grad():
+                value = module().cpu()
+        rows.append(value.expand(kv_heads_of(layer)))
     return torch.stack(rows)
 
 
@@ -199,25 +230,65 @@ def install_in_transformers() -> None:
     name when one is saved. `post_init`, which every model runs last in its constructor and before
     its weights are loaded, is therefore wrapped here, once: a model whose config asks for "lucid"
     is passed to `enable`. Without it, such a model would lack its cache hook and its learned
-    strengths, and would be saved as a softmax model.
+    strengths, and would be saved as a softmax model. And a model whose config holds a LUCID
+    setting, but which was asked to run with other attention, is refused there.
+
+    `save_pretrained` is wrapped for the one model that neither `enable` nor `post_init` ever sees:
+    the one around a decoder that was enabled by itself, `enable(model.model)`.
     """
-    stock = PreTrainedModel.post_init
+    stock, stock_save = PreTrainedModel.post_init, PreTrainedModel.save_pretrained
     if getattr(stock, "is_lucid", False):
         return
 
+    @functools.wraps(stock)
     def post_init(self: PreTrainedModel) -> None:
         stock(self)
         config = self.config
-        if getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+        setting = getattr(config, "lucid", None)
+        asked = getattr(config, "_attn_implementation", None)
+        if asked != IMPLEMENTATION:
+            if isinstance(setting, dict):
+                raise other_attention(asked)
+            if _holds_lucid(self):
+                refuse_composite(self)
             return
-        if self.base_model is not self and isinstance(self.base_model, LucidModelMixin):
+        if _is_around_lucid(self):
             _become_lucid(self, self)  # its decoder was enabled a moment ago
             return
-        setting = getattr(config, "lucid", None) or {}
+        if not (setting is None or isinstance(setting, dict)):
+            raise TypeError(
+                'config.lucid: expected {"layers": [...], "strength": ...} or None, got '
+                f"{setting!r}"
+            )
+        if isinstance(config, LucidConfigMixin):
+            # It may be another model's: `type(model)(model.config)`.
+            _replace(self, config, copy.deepcopy(config), lambda cls: cls)
+        setting = setting or {}
         enable(self, layers=setting.get("layers"), strength=setting.get("strength"))
+
+    @functools.wraps(stock_save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, LucidModelMixin) and _holds_lucid(self):
+            if not _is_around_lucid(self):
+                raise ValueError(
+                    f"model: {type(self).__name__} contains a LUCID model, and its checkpoint "
+                    "would load as softmax; save the LUCID model by itself, or call "
+                    "lucid_attention.hf.enable on the outer model"
+                )
+            _become_lucid(self, self)
+        return stock_save(self, *args, **kwargs)
 
     post_init.is_lucid = True  # type: ignore[attr-defined]
     PreTrainedModel.post_init = post_init
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _is_around_lucid(model: PreTrainedModel) -> bool:
+    return model.base_model is not model and isinstance(model.base_model, LucidModelMixin)
+
+
+def _holds_lucid(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, LucidModelMixin) for module in model.modules())
 
 
 def _become_lucid(model: nn.Module, pretrained: PreTrainedModel) -> None:
@@ -235,6 +306,7 @@ def _become_lucid(model: nn.Module, pretrained: PreTrainedModel) -> None:
         new.__dict__.pop("_attn_implementation_internal", None)
         new.__class__ = lucid_config_class(type(old))
     _replace(model, old, new, lucid_model_class)
+    register_models(type(new))
 
 
 def _replace(model: nn.Module, old: Any, new: Any, cls: Any) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from .attention import CONTEXT, ForwardContext
-from .cache import LucidCache, arm
+from .cache import LucidCache, arm, disarm
 from .masks import documents_from_positions, pack
 
 
@@ -39,16 +39,23 @@ def before_forward(
             f"past_key_values: expected a transformers Cache (LucidCache, DynamicCache, ...), got "
             f"{type(cache).__name__}"
         )
+    if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
+        raise ValueError(
+            "attention_mask: expected a padding mask (batch, keys) or a 4-D mask (batch, 1, "
+            f"queries, keys), got shape {tuple(mask.shape)}"
+        )
     positions = kwargs.get("position_ids")
+    inputs = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     use_cache = kwargs.get("use_cache")
     use_cache = config.use_cache if use_cache is None else use_cache
     if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
         use_cache = False
 
     context = ForwardContext()
+    if inputs is None:
+        return (), {**kwargs, CONTEXT: context}  # the model says itself what it lacks
     if cache is None and mask is None and positions is not None and positions.ndim == 2:
-        inputs = kwargs.get("input_ids")
-        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         context.documents = documents_from_positions(positions, inputs.shape[0])
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
@@ -58,7 +65,7 @@ def before_forward(
                 "document, no attention_mask and no past_key_values"
             )
         if not torch.compiler.is_compiling():
-            _check_offsets(cu_seqlens, context.documents, positions.numel())
+            _check_offsets(cu_seqlens, context.documents, inputs)
         context.cu_seqlens, context.max_seqlen = cu_seqlens, kwargs.get("max_length_q")
     if use_cache and (context.documents is not None or cu_seqlens is not None):
         raise ValueError(
@@ -75,12 +82,23 @@ def before_forward(
     return (), kwargs
 
 
-def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, total: int) -> None:
+def after_forward(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Forward hook of an enabled decoder, called when the pass failed as well: whatever of its
+    cache was not used is disarmed, so that no other model can use it.
+    """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        disarm(cache)
+
+
+def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, inputs: Tensor) -> None:
     """Sliding layers take the documents from the positions, LUCID layers from the offsets."""
     found = cu_seqlens.unique()  # without empty documents, which have no positions
-    expected = found.new_tensor([0, total])
-    if documents is not None:
-        expected = pack(documents).cu_seqlens.to(found)
+    if documents is None:  # each row is one
+        documents = torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+    expected = pack(documents).cu_seqlens.to(found)
     if not torch.equal(found, expected):
         raise ValueError(
             f"cu_seq_lens_q: expected the offsets at which position_ids restart, "
@@ -104,6 +122,6 @@ def refuse_context_parallel() -> None:
         found = "accelerate's ParallelismConfig with cp_size or sp_size above 1"
     if found:
         raise ValueError(
-            f"{found}: LUCID attention does not support a sequence sharded over ranks; use data, "
-            "tensor or FSDP parallelism"
+            f"{found}: LUCID attention does not support a sequence sharded over ranks; use data "
+            "or FSDP parallelism"
         )

@@ -7,8 +7,10 @@ attention layer holds one of the two small modules below as its submodule `lucid
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +80,13 @@ class FixedStrength(nn.Module):
             return self._tensor
         if isinstance(self.value, float):
             return None if self.value == 1.0 else self.value
-        values = torch.tensor(self.value, dtype=torch.float32, device=device)
-        if not torch.compiler.is_compiling():
-            self._tensor = values
-        return values
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.value, dtype=torch.float32, device=device)
+        # Kept for the next pass, which may be a training step: autograd refuses a tensor that was
+        # made in inference mode.
+        with torch.inference_mode(False):
+            self._tensor = torch.tensor(self.value, dtype=torch.float32, device=device)
+        return self._tensor
 
     def extra_repr(self) -> str:
         return f"strength={self.value}"
@@ -134,19 +139,41 @@ class LearnedStrength(nn.Module):
         return self
 
     def forward(self, reference: Tensor | None = None) -> Tensor:
-        """The strength, fp32 `(kv_heads,)`, in [0, 1]. Raises if it is being trained but frozen."""
+        """The strength, fp32 `(kv_heads,)`, in [0, 1]. Raises ValueError if it was rounded."""
         theta = self.strength_bias
-        if self.training and torch.is_grad_enabled() and not theta.requires_grad:
+        if theta.dtype != torch.float32:
             raise ValueError(
-                "a learned LUCID strength is frozen while its model trains, so it would be neither "
-                "trained nor, with PEFT, saved; expected requires_grad=True, or with PEFT "
-                "LoraConfig(modules_to_save=['lucid']); to keep the values as they are, call "
-                "enable(model, strength=<their tensor>)"
+                f"a learned LUCID strength must stay float32, got {theta.dtype}: a mixed-precision "
+                "policy (FSDP2's MixedPrecisionPolicy) has rounded it; shard the strengths by "
+                "themselves first: for every LUCID layer fully_shard(layer.self_attn.lucid, "
+                "mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ...)"
             )
-        return _ClampWithInwardGradient.apply(theta.float())
+        return _ClampWithInwardGradient.apply(theta)
 
     def extra_repr(self) -> str:
         return f"kv_heads={self.strength_bias.numel()}"
+
+
+def strength_of(module: nn.Module, reference: Tensor) -> Any:
+    """The strength that a layer's submodule `lucid` gives, on the device of `reference`.
+
+    Raises ValueError if it is learned, but frozen in training. With a copy of it in a PEFT adapter
+    (`modules_to_save`) it may be: that copy is trained, the original is there for
+    `disable_adapter()`.
+    """
+    if (
+        isinstance(module, LearnedStrength)
+        and module.training
+        and torch.is_grad_enabled()
+        and not module.strength_bias.requires_grad
+    ):
+        raise ValueError(
+            "a learned LUCID strength is frozen while its model trains, so it would be neither "
+            "trained nor, with PEFT, saved; expected requires_grad=True, or with PEFT "
+            "LoraConfig(modules_to_save=['lucid']); to keep the values as they are, call "
+            "enable(model, strength=<their tensor>)"
+        )
+    return module(reference)
 
 
 def strength_modules(model: nn.Module) -> list[FixedStrength | LearnedStrength]:
@@ -215,7 +242,8 @@ class StrengthSchedule(TrainerCallback):
     `b(t) = start + (end - start) * f(min(t / T, 1))` after `t` optimiser steps, with `f(x) = x`
     ("linear") or `f(x) = (1 - cos(pi x)) / 2` ("cosine"). The value for the next step is written
     into the model and its config after every step, so a checkpoint saved on the way loads with that
-    strength, and a resumed Trainer, whose step count is restored, goes on exactly.
+    strength, and a resumed Trainer, whose step count is restored, goes on exactly. With
+    `load_best_model_at_end` the best checkpoint's strength comes back with its weights.
 
     Args:
         start: strength at step 0, in [0, 1].
@@ -297,6 +325,23 @@ class StrengthSchedule(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._write(model, state)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The Trainer has put the best checkpoint's weights back; the strength is not among them.
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            config = Path(state.best_model_checkpoint, "config.json")
+            if config.is_file():
+                best = json.loads(config.read_text(encoding="utf-8"))["lucid"]["strength"]
+            else:  # PEFT saves no config with an adapter
+                best = self.value(state.best_global_step or 0, state.max_steps)
+            set_fixed_strength(model, best)
 
     def _write(self, model: nn.Module | None, state: TrainerState) -> None:
         set_fixed_strength(model, self.value(state.global_step, state.max_steps))

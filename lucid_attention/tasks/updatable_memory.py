@@ -57,8 +57,8 @@ def updatable_memory(
         A :class:`MemoryBatch`.
 
     Raises:
-        ValueError: an argument is out of its range.
-        TypeError: ``generator`` is not a :class:`torch.Generator`.
+        ValueError: an argument is out of its range, or ``generator`` is not on the CPU.
+        TypeError: a size is not an int, or ``generator`` not a :class:`torch.Generator`.
 
     Source: this project's own task: what a memory that only averages cannot do.
 
@@ -75,6 +75,8 @@ def updatable_memory(
         ("keys", keys, 1),
         ("values", values, 1),
     ):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__} {number!r}")
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if not 0.0 <= query_share <= 1.0:
@@ -83,6 +85,12 @@ def updatable_memory(
         raise TypeError(
             f"generator must be a torch.Generator, got {type(generator).__name__}; "
             "pass torch.Generator().manual_seed(seed)"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must be a CPU generator, got one on {generator.device}: the batch is drawn "
+            "on the CPU, so that a seed gives the same data everywhere; pass "
+            "torch.Generator().manual_seed(seed) and move the batch"
         )
 
     shape = (batch, length)

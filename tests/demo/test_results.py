@@ -76,3 +76,8 @@ def test_environment_facts() -> None:
     assert facts["cores"] >= 1
     assert datetime.fromisoformat(facts["date"]).tzinfo is not None
     assert set(facts) >= {"commit", "python", "accelerate", "threads", "machine"}
+
+
+def test_a_folder_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"--out x+: cannot be used \(File name too long\)"):
+        ResultsFolder.check(Path("x" * 300))

@@ -45,9 +45,14 @@ def printed(console: Console) -> str:
 
 def test_a_whole_run(tiny: DemoConfig, text_file: Path, tmp_path: Path) -> None:
     console = paper()
-    out = tmp_path / "out"
+    # Brackets are markup to rich, dollars are formulas to matplotlib; here they are names.
+    out = tmp_path / "a[" / "b]"
+    text_file = text_file.rename(text_file.with_name("$x_$ [draft].txt"))
     outcome = run_demo(tiny, text=text_file, out=out, console=console)
     assert outcome.folder == out
+    assert f"Results go to {out}\n" in printed(console)
+    assert f"Results in {out}: checkpoint," in printed(console)
+    assert "Language model: $x_$ [draft].txt" in printed(console)
     assert sorted(path.name for path in out.iterdir()) == EVERYTHING
     assert all((out / name).read_bytes().startswith(PNG) for name in EVERYTHING if "png" in name)
 

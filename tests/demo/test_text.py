@@ -111,3 +111,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     path.symlink_to(path)
     with pytest.raises(TextError, match=r"loop.txt: (no such file|cannot be read)"):
         read_text(path)
+
+
+def test_a_path_that_cannot_be_looked_at() -> None:
+    with pytest.raises(TextError, match=r"--text x+: cannot be read \(File name too long\)"):
+        read_text(Path("x" * 300))

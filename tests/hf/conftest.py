@@ -108,7 +108,7 @@ AttentionMaskInterface.register("lucid_dense_oracle", eager_mask)
 
 def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A stock causal LM of a family, in eval mode, with random fp32 weights."""
-    settings = {**COMMON, **FAMILIES[family], **overrides}
+    settings = {**COMMON, **FAMILIES.get(family, {}), **overrides}
     config = getattr(transformers, f"{family}Config")(**settings)
     model_class = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     torch.manual_seed(seed)

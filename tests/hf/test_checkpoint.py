@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -96,6 +97,9 @@ def test_a_learned_strength_stays_fp32(build, ids, tmp_path):
 def test_other_heads_come_back(build, tmp_path, ids):
     model = enable(transformers.Qwen3ForSequenceClassification(build("Qwen3").config).eval())
     same_after_reload(model, ids, tmp_path, transformers.AutoModelForSequenceClassification)
+    model = enable(transformers.LlamaForQuestionAnswering(build("Llama").config).eval())
+    assert isinstance(model.transformer, checkpoint.LucidModelMixin)  # another name for its decoder
+    same_after_reload(model, ids, tmp_path / "qa", transformers.AutoModelForQuestionAnswering)
 
 
 def test_attn_implementation_lucid_by_itself(build, ids, tmp_path):
@@ -142,6 +146,99 @@ def test_a_lucid_model_refuses_other_attention(build, tmp_path):
     with pytest.raises(ValueError, match=r'expected "lucid".*disable'):
         model.config._attn_implementation = "sdpa"
     assert model.config._attn_implementation == "lucid"
+
+
+@pytest.mark.parametrize(
+    ("family", "loader"),
+    [
+        ("Llama", "AutoModelForCausalLM"),
+        ("Llama", "LlamaForCausalLM"),
+        ("Llama", "LlamaModel"),
+        ("Granite", "AutoModelForCausalLM"),
+        ("Granite", "GraniteForCausalLM"),
+    ],
+)
+def test_no_class_loads_a_lucid_checkpoint_as_softmax(family, loader, build, tmp_path):
+    (granite() if family == "Granite" else enable(build("Llama"))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'expected "lucid" for a LUCID model, got \'sdpa\''):
+        getattr(transformers, loader).from_pretrained(tmp_path, attn_implementation="sdpa")
+
+
+def test_saving_the_model_around_an_enabled_decoder(build, ids, tmp_path):
+    """`enable(model.model)` sees the decoder only; the checkpoint says LUCID all the same."""
+    config = build("Llama").config
+    model, twin = build("Llama"), LlamaForCausalLM(config)
+    enable(model.model, layers=[1], strength=0.25)
+    logits = model(ids).logits
+    assert torch.equal(enable(build("Llama"), layers=[1], strength=0.25)(ids).logits, logits)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, logits)
+    assert loaded.config.lucid == {"layers": [1], "strength": 0.25}
+    twin.save_pretrained(tmp_path / "twin")
+    assert "lucid" not in (tmp_path / "twin" / "config.json").read_text()
+
+
+class Reader(transformers.PreTrainedModel):
+    """A user's own model with a decoder inside, which is not its base model."""
+
+    config_class = LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.reader = transformers.LlamaModel(config)
+        self.post_init()
+
+
+def test_saving_a_model_that_hides_a_lucid_one_is_refused(build, tmp_path):
+    model = Reader(build("Llama").config)
+    enable(model.reader)
+    with pytest.raises(ValueError, match=r"model: Reader contains a LUCID model.*by itself"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_not_shared_between_lucid_models(build):
+    first = enable(build("Llama"), strength=0.75)
+    for make in (type(first), AutoModelForCausalLM.from_config):
+        second = make(first.config)
+        assert second.config == first.config and second.config is not first.config
+        assert second.config is second.model.config is second.model.layers[0].self_attn.config
+        enable(second, layers=[1], strength=0.25)
+        assert first.config.lucid == {"layers": [0, 1], "strength": 0.75}
+        assert strengths(first).unique().tolist() == [0.75]
+
+
+def test_an_untested_family_from_its_lucid_config():
+    model = granite()
+    again = AutoModelForCausalLM.from_config(model.config)
+    assert type(again) is type(model) and again.config.lucid == model.config.lucid
+
+
+def test_a_lucid_setting_of_another_form():
+    config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
+    config.lucid = True
+    with pytest.raises(TypeError, match=r"config.lucid: expected .*layers.*got True"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="lucid")
+
+
+def test_attention_weights_are_refused_on_load(build, tmp_path):
+    enable(build("Llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"output_attentions: .*never formed.*disable"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)
+
+
+def test_strengths_without_values(build):
+    config = enable(build("Llama"), strength="learned").config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"model: .*meta device"):
+        strengths(model)
+    config.lucid["strength"] = 0.25
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert strengths(model).tolist() == [[0.25, 0.25]] * 2
 
 
 STOCK = """
@@ -202,16 +299,30 @@ ids, logits = torch.load(path + "/expected.pt")
 assert "Lucid" in type(model).__name__, type(model)
 assert torch.equal(model(ids).logits, logits)
 assert type(torch.load(path + "/model.pt", weights_only=False)) is type(model)
+sys.path.insert(0, path)
+mine = torch.load(path + "/mine.pt", weights_only=False)
+import users_module
+assert type(mine).__name__ == "LucidMine" and isinstance(mine, users_module.Mine)
+assert mine.config.lucid == {"layers": [1], "strength": 0.5}
 print("SAME")
 """
 
 
-def test_an_untested_family_warns_and_comes_back_in_a_fresh_process(ids, tmp_path):
+def test_an_untested_family_and_a_user_class_come_back_in_a_fresh_process(
+    build, ids, tmp_path, monkeypatch
+):
     with pytest.warns(UserWarning, match=r"not tested with GraniteForCausalLM"):
         model = granite()
     model.save_pretrained(tmp_path)
     torch.save((ids, model(ids).logits.detach()), tmp_path / "expected.pt")
     torch.save(model, tmp_path / "model.pt")
+    (tmp_path / "users_module.py").write_text(
+        "import transformers\nclass Mine(transformers.LlamaForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    users_module = importlib.import_module("users_module")
+    mine = enable(users_module.Mine(build("Llama").config), layers=[1], strength=0.5)
+    torch.save(mine, tmp_path / "mine.pt")
     result = fresh_process(RELOAD, str(tmp_path))
     assert "SAME" in result.stdout, result.stderr
 

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from lucid_attention.hf import disable, enable
+from lucid_attention.hf import LucidCache, disable, enable
 
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "intermediate_size_mlp": 48,
+    "attention_chunk_size": 6,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}  # fp32, logits of order 1 to 10
 
 
@@ -101,6 +109,27 @@ def test_packed_gradients_with_padding_in_a_4d_mask(build, dense_twin, ids):
             close(parameter.grad, grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
 
 
+def test_masks_are_remembered_together_with_what_was_made_of_them(build, ids):
+    """They are found by the tensor's id, which another tensor takes over when the first is freed."""
+    contexts = []
+
+    def remember(module, arguments, kwargs, output):
+        contexts.append(kwargs["lucid_context"])
+
+    positions = torch.cat([torch.arange(9), torch.arange(10)]).expand(2, -1)
+    mask = torch.ones(19, 19).tril().bool()[None, None]
+    for family, arguments in (
+        ("Llama", {"attention_mask": mask}),
+        ("GptOss", {"position_ids": positions}),
+    ):
+        model = enable(build(family))
+        model.model.layers[0].self_attn.register_forward_hook(remember, with_kwargs=True)
+        model(ids, use_cache=False, **arguments)
+    kept = {**contexts[0].masks, **contexts[1].local_masks}
+    assert contexts[0].masks and contexts[1].local_masks
+    assert all(id(entry[0]) == key for key, entry in kept.items())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_gradient_checkpointing(reentrant, use_cache, build, ids):
@@ -161,6 +190,26 @@ def test_sliding_layers_are_the_stock_ones(build, ids):
         close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_chunked_layers_are_the_stock_ones(build, ids):
+    """Llama 4: chunked layers beside full ones without RoPE."""
+    stock = build("Llama4Text", **LLAMA4)
+    assert stock.config.layer_types == ["chunked_attention"] * 3 + ["full_attention"]
+    stock.set_attn_implementation("eager")
+    for parameter in stock.parameters():  # its experts are left uninitialised
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    expected = stock(ids).logits
+    model = enable(stock, strength=0.0)
+    close(model(ids).logits, expected, rtol=1e-5, atol=2e-5)
+    enable(model)
+    assert model.config.lucid["layers"] == [3]
+    whole = model(ids, use_cache=False).logits
+    assert (whole - expected).abs().max() > 0.05
+    cache = LucidCache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([7, 1, 1, 10], dim=1)]
+    close(torch.cat(parts, 1), whole)
+
+
 @pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
 def test_softcap_and_sinks_change_the_result(family, build, ids):
     """Guards the comparisons above: without its softcap or sinks the model answers otherwise."""
@@ -175,10 +224,17 @@ def test_softcap_and_sinks_change_the_result(family, build, ids):
 
 
 def test_kernel_scale_ignores_the_softmax_scale(build, ids):
-    """Gemma's softmax scale differs from 1/sqrt(D); the preconditioner's must not follow it."""
-    stock = build("Gemma3Text")
-    assert stock.model.layers[1].self_attn.scaling != stock.config.head_dim**-0.5
-    # Equality with the oracle, whose kernel scale is fixed, is in the family test above.
+    """Gemma's softmax scale differs from 1/sqrt(D); the preconditioner's does not follow it."""
+    model = enable(build("Gemma3Text"), layers=[1])
+    attention = model.model.layers[1].self_attn
+    assert attention.scaling != model.config.head_dim**-0.5
+    logits, values = [], []
+    for scaling in (attention.scaling, 0.9):
+        attention.scaling = scaling
+        output = model(ids, use_cache=True)
+        logits.append(output.logits)
+        values.append(output.past_key_values.layers[1].values)  # Y
+    assert torch.equal(*values) and (logits[0] - logits[1]).abs().max() > 0.01
 
 
 def test_attention_dropout_is_honoured(build, ids):
@@ -231,8 +287,20 @@ def test_disable_returns_the_stock_model(build, ids):
     stock.set_attn_implementation("eager")
     assert torch.equal(model(ids).logits, stock(ids).logits)
     assert expected.shape == model(ids).logits.shape
+    assert not model.model._forward_hooks and not model.model._forward_hooks_always_called
     with pytest.raises(ValueError, match=r"expected a LUCID model"):
         disable(model)
+
+
+def test_a_failed_disable_changes_nothing(build, ids):
+    model = enable(build("Llama"), strength=torch.tensor([0.25, 0.5]))
+    expected, kind = model(ids).logits, type(model)
+    for name, message in (("nonsense", "nonsense"), ("lucid", r'expected softmax.*got "lucid"')):
+        with pytest.raises(ValueError, match=message):
+            disable(model, name)
+        assert type(model) is kind and type(model.model).__name__ == "LucidLlamaModel"
+        assert model.config._attn_implementation == "lucid"
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_enabling_again_replaces_the_setting(build, dense_twin, ids):

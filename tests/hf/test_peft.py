@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lucid_attention.hf import disable, enable, strengths
 
@@ -73,3 +74,39 @@ def test_a_fixed_strength_of_a_wrapped_model_can_change(build, ids):
     enable(model, strength=0.5)
     assert strengths(model).unique().tolist() == [0.5]
     assert (model(ids).logits - softmax).abs().max() > 0.01
+
+
+def test_a_disabled_adapter_in_training(build, ids):
+    """A reference pass in the middle of training (DPO): the original strength is frozen, but the
+    adapter's copy is the one that is trained.
+    """
+    model = lora(enable(build("Llama"), strength="learned"), modules_to_save=["lucid"]).train()
+    with model.disable_adapter():
+        reference = model(ids).logits
+    expected = enable(build("Llama"), strength=0.0)(ids).logits
+    torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)
+    model(ids, labels=ids).loss.backward()
+
+
+def test_an_adapter_comes_back_on_a_base_saved_as_lucid(build, ids, tmp_path):
+    """The recipe of docs/hugging-face.md."""
+    enable(build("Llama"), strength=0.75).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = lora(base, task_type="CAUSAL_LM").eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert strengths(loaded).unique().tolist() == [0.75]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_enabling_a_wrapped_softmax_model_warns_that_adapters_do_not_say_so(build, recwarn):
+    enable(lora(enable(build("Llama"))))
+    assert not [w for w in recwarn if "adapter" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"adapter alone does not save.*get_peft_model"):
+        enable(lora(build("Llama")))
+
+
+def test_peft_knows_no_target_modules_of_lucid_model_types(build):
+    """Why docs/hugging-face.md names them."""
+    with pytest.raises(ValueError, match=r"target_modules"):
+        peft.get_peft_model(enable(build("Llama")), peft.LoraConfig(r=4))

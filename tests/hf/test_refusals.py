@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.nn import functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
@@ -26,6 +28,20 @@ SMALL = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+
+QWEN3_NEXT = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 
 
@@ -76,6 +92,28 @@ def test_a_composite_model():
         enable(transformers.Gemma3ForConditionalGeneration(config))
 
 
+def test_a_composite_model_around_a_lucid_one():
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        image_size=28,
+        patch_size=14,
+    )
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SMALL), vision_config=vision
+    )
+    # `config` of the parts: here transformers, not enable, decides what is switched.
+    wanted = {"text_config": "lucid", "vision_config": "sdpa"}
+    with pytest.raises(ValueError, match=r"composite.*text model"):
+        transformers.LlavaForConditionalGeneration._from_config(
+            copy.deepcopy(config), attn_implementation=wanted
+        )
+    config.vision_config._attn_implementation = "sdpa"
+    assert transformers.LlavaForConditionalGeneration(config)  # without LUCID it is untouched
+
+
 def test_a_bidirectional_decoder():
     model = refused(
         "Gemma3Text", num_key_value_heads=2, head_dim=16, use_bidirectional_attention=True
@@ -106,6 +144,24 @@ def test_not_a_transformers_model(function):
 def test_bad_layers(layers, error, message, build):
     with pytest.raises(error, match=message):
         enable(build("Gemma2"), layers=layers)
+
+
+def test_layers_of_a_hybrid_model():
+    """Negative indices count all layers; one without attention is told apart from none at all."""
+    model = refused(
+        "Qwen3Next",
+        **{
+            **QWEN3_NEXT,
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "num_hidden_layers": 4,
+        },
+    )
+    enable(model, layers=[-2])
+    assert model.config.lucid["layers"] == [2]
+    with pytest.raises(ValueError, match=r"layers: layer -1 has no self-attention.*\[0, 2\]"):
+        enable(model, layers=[-1])
+    with pytest.raises(ValueError, match=r"layers: expected indices below 4"):
+        enable(model, layers=[4])
 
 
 def test_bad_impl(build):
@@ -227,11 +283,85 @@ def test_an_interrupted_cache(build, ids):
         model(ids[:, :1], past_key_values=cache)
 
 
+def test_a_pass_that_dies_before_attention_permits_nothing(build, ids):
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config)
+    with pytest.raises(IndexError):
+        model(ids + 96, past_key_values=cache)  # not in the vocabulary
+    with pytest.raises(ValueError, match=r"not one of its LUCID layers"):
+        build("Llama")(ids, past_key_values=cache)
+    model(ids, past_key_values=cache)  # the model itself may go on
+    assert cache.get_seq_length() == 19
+
+
 def test_bad_cache_configs(build):
     with pytest.raises(TypeError, match=r"config: expected a transformers config"):
         LucidCache({"layers": 2})
     with pytest.raises(ValueError, match=r"config: expected the config of a LUCID model.*enable"):
         LucidCache(build("Llama").config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_the_padding_of_cached_positions_cannot_change(kind, build, ids, left_padded):
+    model = enable(build("Llama"))
+    everything = torch.ones_like(ids)
+
+    def after(first: torch.Tensor | None):
+        static = StaticCache(model.config, max_cache_len=24)
+        cache = LucidCache(model.config) if kind == "dynamic" else static
+        for part in (slice(0, 8), slice(8, 10)):
+            mask = None if first is None else first[:, : part.stop]
+            model(ids[:, part], attention_mask=mask, past_key_values=cache)
+        return cache
+
+    hidden = everything.clone()
+    hidden[1, 3] = 0
+    forgotten = None if kind == "dynamic" else everything[:, :11]
+    for first, then in (
+        (None, hidden[:, :11]),  # cached as real, now hidden
+        (everything, hidden[:, :11]),
+        (left_padded, everything[:, :11]),  # cached as padding, now real
+        (left_padded, forgotten),
+    ):
+        cache = after(first)
+        with pytest.raises(ValueError, match=r"padding of cached positions changed.*new cache"):
+            model(ids[:, 10:11], attention_mask=then, past_key_values=cache)
+    new = torch.zeros(2, 1, 3, 13, dtype=torch.bool)
+    new[..., 10:] = torch.ones(3, 3).tril().bool()  # a new document behind the cached one
+    if kind == "dynamic":
+        with pytest.raises(ValueError, match=r"padding of cached positions changed.*row 0, pos"):
+            model(ids[:, 10:13], attention_mask=new, past_key_values=after(None))
+
+
+def test_the_remembered_padding_follows_the_cache(build, ids, left_padded):
+    """What is done to a cache is done to its mask: the right mask passes, the old one does not."""
+    model = enable(build("Llama")).requires_grad_(False)
+
+    def filled():
+        return model(
+            ids[:, :12], attention_mask=left_padded[:, :12], past_key_values=LucidCache()
+        ).past_key_values
+
+    swapped, doubled = torch.tensor([1, 0]), torch.tensor([0, 0, 1, 1])
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(swapped), swapped),
+        (lambda cache: cache.batch_select_indices(swapped), swapped),
+        (lambda cache: cache.batch_repeat_interleave(2), doubled),
+        (lambda cache: cache.crop(-8), torch.tensor([0, 1])),
+    ):
+        cache = filled()
+        change(cache)
+        done = cache.get_seq_length()
+        part = {"past_key_values": cache, "attention_mask": left_padded[rows, : done + 1]}
+        model(ids[rows, done : done + 1], **part)
+        wrong = torch.ones(len(rows), done + 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"padding of cached positions changed"):
+            model(ids[rows, done : done + 1], past_key_values=cache, attention_mask=wrong)
+    cache = filled()
+    cache.crop(-8)  # what was cut off is forgotten
+    mask = left_padded[:, :12].clone()
+    mask[1, 6:8] = 0
+    model(ids[:, 4:12], past_key_values=cache, attention_mask=mask)
 
 
 # --- masks and packing -------------------------------------------------------------------------
@@ -309,6 +439,20 @@ def test_mask_functions_that_are_not_causal():
         lucid_mask(**arguments, use_vmap=True)
 
 
+def test_masks_of_other_shapes(build, ids):
+    model = enable(build("Llama"))
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected a padding mask .*\(2, 19, 19\)"
+    ):
+        model(ids, attention_mask=torch.ones(2, 19, 19))
+
+
+def test_a_call_without_inputs(build):
+    model = enable(build("Llama"))
+    with pytest.raises(ValueError, match=r"input_ids"):  # in transformers' words
+        model(position_ids=torch.arange(4)[None])
+
+
 def test_a_mask_that_is_too_short(build, ids):
     model = enable(build("Llama"))
     cache = model(ids, use_cache=True).past_key_values
@@ -330,22 +474,35 @@ def test_packing_that_is_refused(build, ids):
     offsets = torch.tensor([0, 8, 19], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"offsets at which position_ids restart, \[0, 9, 19\]"):
         model(ids[:1], position_ids=packed, cu_seq_lens_q=offsets, use_cache=False)
+    offsets = torch.tensor([0, 38], dtype=torch.int32)
+    for batch in (torch.arange(19)[None], torch.arange(19).expand(2, -1)):
+        with pytest.raises(ValueError, match=r"position_ids restart, \[0, 19, 38\], got \[0, 38\]"):
+            model(ids, position_ids=batch, cu_seq_lens_q=offsets, use_cache=False)
+    offsets = torch.tensor([0, 19, 38], dtype=torch.int32)
+    rows = model(ids, position_ids=batch, cu_seq_lens_q=offsets, use_cache=False).logits
+    torch.testing.assert_close(rows, model(ids).logits, rtol=1e-4, atol=2e-4)
+    offsets = torch.tensor([0, 8, 19], dtype=torch.int32)
     straight = torch.arange(19).unsqueeze(0)
     with pytest.raises(ValueError, match=r"offsets at which position_ids restart, \[0, 19\]"):
         model(ids[:1], position_ids=straight, cu_seq_lens_q=offsets, use_cache=False)
 
 
-def test_torch_context_parallel(build, ids, monkeypatch):
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch with gloo")
+def test_torch_context_parallel(build, ids, tmp_path):
     model = enable(build("Llama"))
-
-    def sharded(*args, **kwargs):
-        raise AssertionError("not reached")
-
-    # What torch's context_parallel does to SDPA; running it takes several processes.
-    sharded.__module__ = "torch.distributed.tensor.experimental._context_parallel._attention"
-    monkeypatch.setattr(F, "scaled_dot_product_attention", sharded)
-    with pytest.raises(ValueError, match=r"context_parallel: LUCID attention does not support"):
-        model(ids)
+    file = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shard = ids.repeat(1, 2)[:, :32].contiguous()
+        with (
+            context_parallel(mesh, buffers=[shard], buffer_seq_dims=[1]),
+            pytest.raises(ValueError, match=r"context_parallel: LUCID attention does not support"),
+        ):
+            model(shard)
+    finally:
+        dist.destroy_process_group()
+    model(ids)  # afterwards it is over
 
 
 @pytest.mark.parametrize("size", ["cp_size", "sp_size"])

@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo ranks gives the gradients of one process."""
+"""FSDP2: two gloo ranks give the gradients of one process; mixed precision spares the strengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,3 +74,41 @@ def test_fully_sharded_gradients_equal_one_process(tmp_path: Path) -> None:
         for name, grad in expected.items():
             scale = grad.abs().max().item()
             torch.testing.assert_close(sharded[name], grad, rtol=1e-4, atol=1e-5 * scale + 1e-8)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch with gloo")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_precision_spares_strengths_that_are_sharded_first(dtype, one_rank) -> None:
+    """The recipe of docs/hugging-face.md, and what happens without it."""
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    keep = MixedPrecisionPolicy(cast_forward_inputs=False)
+    value = 1.0 - 2.0**-12  # bf16 would round it to 1
+    for recipe in (True, False):
+        model, ids = model_and_batch()
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.self_attn.lucid.strength_bias, value)
+        model.to(dtype)
+        seen: list[Tensor] = []
+        for layer in model.model.layers:
+            if recipe:
+                fully_shard(layer.self_attn.lucid, mesh=one_rank, mp_policy=keep)
+            fully_shard(layer, mesh=one_rank, mp_policy=half)
+        fully_shard(model, mesh=one_rank, mp_policy=half)
+        model.model.layers[0].self_attn.lucid.register_forward_hook(
+            lambda module, arguments, output, seen=seen: seen.append(output)
+        )
+        if recipe:
+            gradients(model, ids)
+            assert seen[0].dtype == torch.float32 and seen[0].tolist() == [value] * 2
+        else:  # torch's own error for a half-precision model
+            with pytest.raises((ValueError, AssertionError), match=r"float32"):
+                gradients(model, ids)

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     Trainer,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -47,7 +49,13 @@ def trainer(model, path, callbacks=(), **kwargs) -> Trainer:
         **kwargs,
     }
     arguments = TrainingArguments(output_dir=str(path), **settings)
-    return Trainer(model, arguments, train_dataset=Tokens(), callbacks=list(callbacks))
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(),
+        callbacks=list(callbacks),
+    )
 
 
 def theta(model) -> nn.Parameter:
@@ -138,6 +146,39 @@ def test_the_reference_argument_places_a_fixed_strength():
     assert module(torch.zeros(1)) is value  # made once for a device
     assert FixedStrength(1.0)() is None and FixedStrength(0.5)() == 0.5
     assert "0.5" in repr(FixedStrength(0.5)) and "kv_heads=2" in repr(LearnedStrength(0.0, 2))
+
+
+def test_a_step_after_inference_mode(build, ids):
+    model = enable(build("Llama"), strength=torch.tensor([0.25, 0.5]))
+    with torch.inference_mode():
+        model(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.v_proj.weight.grad.abs().max() > 0
+
+
+def test_a_rounded_strength_is_refused(build, ids):
+    model = enable(build("Llama"), strength="learned")
+    theta(model).data = theta(model).data.bfloat16()
+    with pytest.raises(ValueError, match=r"must stay float32, got torch.bfloat16.*fully_shard"):
+        model(ids)
+
+
+def test_a_learning_rate_of_its_own(build, tmp_path):
+    """The recipe of docs/hugging-face.md: Adam moves a strength by about its rate in a step."""
+    moved = {}
+    for own in (False, True):
+        model = enable(build("Llama"), strength=torch.tensor([0.5, 0.5]))
+        model = enable(model, strength="learned")
+        run = trainer(model, tmp_path, learning_rate=2e-5, weight_decay=0.0)
+        if own:
+            strength = [p for name, p in model.named_parameters() if ".lucid." in name]
+            others = [p for name, p in model.named_parameters() if ".lucid." not in name]
+            groups = [{"params": others}, {"params": strength, "lr": 1e-2}]
+            run.optimizer = torch.optim.AdamW(groups, lr=2e-5, weight_decay=0.0)
+        run.train()
+        moved[own] = (strengths(model) - 0.5).abs().max().item()
+    assert 0 < moved[False] <= 1.1 * STEPS * 2e-5
+    assert 0.01 <= moved[True] <= 1.1 * STEPS * 1e-2
 
 
 # --- scheduled ---------------------------------------------------------------------------------
@@ -239,6 +280,41 @@ def test_a_learned_run_resumes_exactly(build, tmp_path):
     assert torch.equal(strengths(whole), strengths(resumed))
     last = AutoModelForCausalLM.from_pretrained(get_last_checkpoint(str(tmp_path / "whole")))
     assert torch.equal(strengths(last), strengths(whole))
+
+
+def test_the_best_checkpoint_comes_back_with_its_strength(build, tmp_path):
+    """A step so large that training only makes the model worse: the best checkpoint is the first."""
+    model = enable(build("Llama"), strength=0.0)
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    arguments |= {"save_steps": 1, "load_best_model_at_end": True, "learning_rate": 1.0}
+    run = trainer(model, tmp_path, [StrengthSchedule(steps=4)], max_steps=4, **arguments)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert model.config.lucid["strength"] == 0.25 and strengths(model).unique().tolist() == [0.25]
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
+    assert best.config.lucid == model.config.lucid
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-5)
+
+
+def test_the_best_strength_without_a_config_beside_the_weights(build, tmp_path):
+    """PEFT saves adapters only; then the schedule says what the strength was."""
+    model = enable(build("Llama"), strength=1.0)
+    state = TrainerState(max_steps=8, best_global_step=2, best_model_checkpoint=str(tmp_path))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments.load_best_model_at_end = True
+    StrengthSchedule(steps=4).on_train_end(arguments, state, TrainerControl(), model=model)
+    assert strengths(model).unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_label_smoothing_shifts_the_labels(family, build, ids, tmp_path):
+    """The Trainer goes by the name of the model's class."""
+    losses = []
+    for lucid in (False, True):
+        model = enable(build(family), strength=0.0) if lucid else build(family)
+        run = trainer(model, tmp_path, label_smoothing_factor=0.1)
+        losses.append(run.compute_loss(model, {"input_ids": ids, "labels": ids}).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 # --- arguments ---------------------------------------------------------------------------------

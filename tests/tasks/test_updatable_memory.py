@@ -114,3 +114,27 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_a_seed_is_not_a_generator() -> None:
     with pytest.raises(TypeError, match=r"generator must be a torch.Generator, got int; pass"):
         updatable_memory(1, 4, keys=2, generator=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["batch", "length", "keys", "values"])
+@pytest.mark.parametrize("wrong", [2.5, "2", True])
+def test_sizes_are_integers(name: str, wrong: Any) -> None:
+    arguments: dict[str, Any] = {"batch": 1, "length": 4, "keys": 2, name: wrong}
+    with pytest.raises(TypeError, match=f"{name} must be an int, got {type(wrong).__name__}"):
+        updatable_memory(
+            arguments.pop("batch"),
+            arguments.pop("length"),
+            generator=torch.Generator(),
+            **arguments,
+        )
+
+
+def test_a_generator_elsewhere() -> None:
+    with pytest.raises(ValueError, match=r"must be a CPU generator, got one on meta.*move the"):
+        updatable_memory(1, 4, keys=2, generator=MetaGenerator())
+
+
+class MetaGenerator(torch.Generator):
+    """A generator of another device, on a machine that may have none."""
+
+    device = torch.device("meta")
