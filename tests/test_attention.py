@@ -391,9 +391,12 @@ def peak_mib(function, *args, **kwargs) -> float:  # type: ignore[no-untyped-def
 
 @pytest.mark.parametrize("case", ["plain", "padded", "value_width", "width68", "softcap", "packed", "chunk"])  # fmt: skip
 def test_memory_is_linear(case: str) -> None:
-    """One N x N matrix of these shapes would be 2 heads * 4096^2 * 4 bytes = 128 MiB."""
+    """One N x N matrix of these shapes would be 2 heads * 4096^2 * 4 bytes = 128 MiB.
+
+    Measured: 15 to 25 MiB, and 51 to 66 at width 68, whose operands are four times as large.
+    """
     seq = 4096
-    width = 68 if case == "width68" else 16
+    width, limit = (68, 100) if case == "width68" else (16, 50)
     query, key = torch.randn(2, 1, 2, seq, width).requires_grad_().unbind(0)
     value = torch.randn(1, 2, seq, 8 if case == "value_width" else width, requires_grad=True)
 
@@ -411,4 +414,4 @@ def test_memory_is_linear(case: str) -> None:
         output.sum().backward()
 
     run()  # let the libraries settle
-    assert peak_mib(run) < 64
+    assert peak_mib(run) < limit
