@@ -10,6 +10,7 @@ arms a LUCID layer, and `update` refuses to run unarmed, so no softmax layer eve
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,9 @@ class LucidLayer:
                 )
         self.armed = False
 
+    @abstractmethod
     def commit(self, preconditioned: Tensor) -> Tensor:
         """Stores the new rows of `Y`; returns all of `Y`, on the compute device."""
-        raise NotImplementedError
 
     def check_padding(self, real: Tensor | None) -> None:
         """Checks that positions whose `Y` is cached are padding now if and only if they were then,
