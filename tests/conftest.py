@@ -14,6 +14,9 @@ from torch import Tensor
 # Two pytest workers share two cores: more threads a worker only makes them wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Without a GPU the Triton kernels are tested in Triton's interpreter (read when they are imported).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, max_examples=60)

@@ -56,13 +56,15 @@ def precondition(
             of a sequence into chunks gives the same ``Y``, to rounding. ``past_preconditioned`` may
             be wider than value's dtype (keep it in float32 where that matters); its rows that are
             all 0 count as padding, whatever their keys hold.
-        impl: ``"auto"`` and ``"blocked"`` (torch, any device, memory linear in ``seq``), or
-            ``"reference"`` (the dense definition). A named choice never falls back. ``"triton"`` is
-            reserved.
+        impl: ``"auto"`` takes the GPU kernels where they run (CUDA, compute capability 8.0, Triton
+            3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere.
+            ``"triton"``: the kernels; ``"blocked"``: torch only, any device; ``"reference"``: the
+            dense definition, quadratic memory. A named choice never falls back.
 
     Returns:
-        ``Y``, value's shape, dtype and device, contiguous. float16 and bfloat16 are computed in
-        float32 and rounded once. Under autocast, inputs are cast as for
+        ``Y``, value's shape, dtype and device, contiguous. ``"blocked"`` computes float16 and
+        bfloat16 in float32 and rounds once; the kernels multiply in float16 with range scaling and
+        accumulate in float32 (docs/numerics.md). Under autocast, inputs are cast as for
         ``F.scaled_dot_product_attention``; ``strength`` and ``past_preconditioned`` are not.
 
     Raises:
@@ -104,7 +106,7 @@ def precondition(
     past_key, past_preconditioned = (None, None) if past is None else past
     refuse_forward_mode(key, value, resolved, past_key, past_preconditioned)
     solved: Tensor = operators.precondition(
-        key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale
+        key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale, impl
     )
     return solved
 
@@ -162,6 +164,6 @@ def precondition_varlen(
             )
     refuse_forward_mode(key, value, resolved)
     solved: Tensor = operators.precondition_varlen(
-        key, value, cu_seqlens, resolved, max_seqlen, kernel_scale
+        key, value, cu_seqlens, resolved, max_seqlen, kernel_scale, impl
     )
     return solved

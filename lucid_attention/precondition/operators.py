@@ -1,9 +1,9 @@
-"""The blocked solve as PyTorch custom operators: layouts, dtypes, gradients, fakes.
+"""The solve as PyTorch custom operators: dispatch, gradients, fakes.
 
 ``torch.ops.lucid_attention.precondition`` and ``..precondition_varlen`` are opaque to
 ``torch.compile`` and differentiable once; their backward operators raise when differentiated again.
-Arithmetic is float32 (float64 for float64 inputs) whatever the inputs' dtype and whatever autocast
-says; results are rounded once, at the end.
+Which implementation runs is decided inside (`implementation.choose`), so that a traced program
+does not depend on the device it was traced on. Autocast is off within.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked
 from .autocast import no_autocast
-from .blocked import Rows
 from .differentiation import no_second_derivative
-from .layout import Chains, Packed, column, flat, heads_first, parts_of
+from .implementation import choose
 from .numerics import compute_dtype
 from .validation import check_strength_contents
 
@@ -31,18 +29,15 @@ def precondition(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    impl: str,
 ) -> Tensor:
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
-        dtype = compute_dtype(value)
-        chains = Chains(key, strength, key_mask, past_key, past_preconditioned, kernel_scale)
-        solution = flat(value, dtype, copy=True)
-        for part in chains.parts():
-            past = chains.past(part)
-            rows = Rows(chains.tokens(part), None, None)
-            blocked.solve(chains.keys(part), solution[part], chains.strength(part), rows, past)
-        return solution.view(value.shape).to(value.dtype)
+        solved: Tensor = choose(impl, key, value).solve_dense(
+            key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale
+        )
+        return solved
 
 
 @precondition.register_fake
@@ -54,6 +49,7 @@ def _(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    impl: str,
 ) -> Tensor:
     return value.new_empty(value.shape)
 
@@ -68,40 +64,19 @@ def precondition_backward(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of key, value, strength and the past; empty where there is none."""
     with no_autocast(key):
-        dtype = compute_dtype(solution)
-        chains = Chains(key, strength, key_mask, past_key, past_preconditioned, kernel_scale)
-        grad_value = flat(grad, dtype, copy=True)
-        flat_solution = flat(solution, dtype)
-        grad_key = torch.empty_like(chains.key)
-        grad_strength = grad_value.new_empty(grad_value.shape[0])
-        grad_past_key, grad_past = _empty_past(chains)
-        for part in chains.parts():
-            found = blocked.solve_adjoint(
-                chains.keys(part),
-                flat_solution[part],
-                grad_value[part],
-                chains.strength(part),
-                Rows(chains.tokens(part), None, None),
-                chains.past(part),
-            )
-            grad_key[part] = found.key
-            grad_strength[part] = found.strength
-            if found.past_key is not None and found.past_preconditioned is not None:
-                grad_past_key[part] = found.past_key
-                grad_past[part] = found.past_preconditioned
-        batch, heads = key.shape[:2]
-        if key_mask is not None:
-            padding = ~key_mask[:, None, :, None]
-            grad_key = grad_key.view(key.shape).masked_fill(padding, 0.0)
+        grads = choose(impl, key, solution).adjoint_dense(
+            grad, key, solution, strength, key_mask, past_key, past_preconditioned, kernel_scale
+        )
         return (
-            grad_key.view(key.shape).to(key.dtype),
-            grad_value.view(solution.shape).to(solution.dtype),
-            _like(grad_strength.view(batch, heads).sum(0), strength),
-            _like(grad_past_key, past_key),
-            _like(grad_past, past_preconditioned),
+            grads[0],
+            grads[1],
+            _like(grads[2], strength),
+            _like(grads[3], past_key),
+            _like(grads[4], past_preconditioned),
         )
 
 
@@ -115,6 +90,7 @@ def _(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         key.new_empty(key.shape),
@@ -133,23 +109,15 @@ def precondition_varlen(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    impl: str,
 ) -> Tensor:
     """``Y = L^-1 V`` for packed sequences; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
-        packed = Packed(cu_seqlens, key.shape[0], max_seqlen)
-        dtype = compute_dtype(value)
-        flat_key = heads_first(key, dtype)
-        solution = heads_first(value, dtype)
-        # In one chain 0 * NaN would carry a NaN into another sequence: solve without, mark after.
-        bad = ~(flat_key.isfinite().all(-1) & solution.isfinite().all(-1))
-        flat_key.masked_fill_(bad[..., None], 0.0)
-        solution.masked_fill_(bad[..., None], 0.0)
-        for part in parts_of(flat_key):
-            keys = packed.keys(flat_key[part], kernel_scale)
-            blocked.solve(keys, solution[part], column(strength, part, dtype), packed.rows, None)
-        solution.masked_fill_(packed.after(bad)[..., None], float("nan"))
-        return solution.transpose(0, 1).to(value.dtype).contiguous()
+        solved: Tensor = choose(impl, key, value).solve_packed(
+            key, value, cu_seqlens, strength, max_seqlen, kernel_scale
+        )
+        return solved
 
 
 @precondition_varlen.register_fake
@@ -160,6 +128,7 @@ def _(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    impl: str,
 ) -> Tensor:
     return value.new_empty(value.shape)
 
@@ -173,40 +142,14 @@ def precondition_varlen_backward(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of key, value and strength (empty where there is none)."""
     with no_autocast(key):
-        packed = Packed(cu_seqlens, key.shape[0], max_seqlen)
-        dtype = compute_dtype(solution)
-        flat_key = heads_first(key, dtype)
-        flat_solution = heads_first(solution, dtype)
-        grad_value = heads_first(grad, dtype)
-        operands = (flat_key, flat_solution, grad_value)
-        bad = ~torch.stack([x.isfinite().all(-1) for x in operands]).all(0)
-        for operand in operands:
-            operand.masked_fill_(bad[..., None], 0.0)
-        grad_key = torch.empty_like(flat_key)
-        grad_strength = flat_key.new_empty(flat_key.shape[0])
-        for part in parts_of(flat_key):
-            found = blocked.solve_adjoint(
-                packed.keys(flat_key[part], kernel_scale),
-                flat_solution[part],
-                grad_value[part],
-                column(strength, part, dtype),
-                packed.rows,
-                None,
-            )
-            grad_key[part] = found.key
-            grad_strength[part] = found.strength
-        spoiled = packed.anywhere(bad)[..., None]
-        grad_key.masked_fill_(spoiled, float("nan"))
-        grad_value.masked_fill_(spoiled, float("nan"))
-        grad_strength.masked_fill_(bad.any(-1), float("nan"))
-        return (
-            grad_key.transpose(0, 1).to(key.dtype).contiguous(),
-            grad_value.transpose(0, 1).to(solution.dtype).contiguous(),
-            _like(grad_strength, strength),
+        grads = choose(impl, key, solution).adjoint_packed(
+            grad, key, solution, cu_seqlens, strength, max_seqlen, kernel_scale
         )
+        return grads[0], grads[1], _like(grads[2], strength)
 
 
 @precondition_varlen_backward.register_fake
@@ -218,6 +161,7 @@ def _(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         key.new_empty(key.shape),
@@ -227,14 +171,14 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    key, _, strength, key_mask, past_key, past_preconditioned, ctx.kernel_scale = inputs
+    key, _, strength, key_mask, past_key, past_preconditioned, *ctx.options = inputs
     ctx.save_for_backward(key, output, strength, key_mask, past_key, past_preconditioned)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     _, _, strength, _, past_key, past_preconditioned = saved
-    grads = torch.ops.lucid_attention.precondition_backward(grad, *saved, ctx.kernel_scale)
+    grads = torch.ops.lucid_attention.precondition_backward(grad, *saved, *ctx.options)
     return (
         grads[0],
         grads[1],
@@ -243,32 +187,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None if past_key is None else grads[3],
         None if past_preconditioned is None else grads[4],
         None,
+        None,
     )
 
 
 def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    key, _, cu_seqlens, strength, ctx.max_seqlen, ctx.kernel_scale = inputs
+    key, _, cu_seqlens, strength, *ctx.options = inputs
     ctx.save_for_backward(key, output, cu_seqlens, strength)
 
 
 def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = torch.ops.lucid_attention.precondition_varlen_backward(
-        grad, *saved, ctx.max_seqlen, ctx.kernel_scale
+        grad, *saved, *ctx.options
     )
-    return grads[0], grads[1], None, None if saved[3] is None else grads[2], None, None
+    strength = None if saved[3] is None else grads[2]
+    return grads[0], grads[1], None, strength, None, None, None
 
 
 precondition.register_autograd(_backward, setup_context=_setup)
 precondition_varlen.register_autograd(_backward_varlen, setup_context=_setup_varlen)
 precondition_backward.register_autograd(no_second_derivative)
 precondition_varlen_backward.register_autograd(no_second_derivative)
-
-
-def _empty_past(chains: Chains) -> tuple[Tensor, Tensor]:
-    if chains.past_key is None or chains.past_preconditioned is None:
-        return chains.key.new_empty(0), chains.key.new_empty(0)
-    return torch.empty_like(chains.past_key), torch.empty_like(chains.past_preconditioned)
 
 
 def _like(grad: Tensor, operand: Tensor | None) -> Tensor:

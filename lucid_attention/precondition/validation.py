@@ -23,17 +23,12 @@ _PACKED = "(total, heads, head_dim)"
 
 
 def resolve_impl(impl: str) -> str:
-    """Return the implementation that ``impl`` names: ``"auto"`` is ``"blocked"`` everywhere."""
+    """Return ``impl`` if it names an implementation; `implementation.choose` decides what it means."""
     if not isinstance(impl, str):
         raise TypeError(f"impl must be a string, one of {IMPLEMENTATIONS}, got {_kind(impl)}.")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
-    if impl == "triton":
-        raise ValueError(
-            "impl='triton' is reserved for the GPU kernels, which this version does not have yet. "
-            "Use impl='auto' or impl='blocked', which run on every device."
-        )
-    return "blocked" if impl == "auto" else impl
+    return impl
 
 
 def check_key_value(key: Tensor, value: Tensor, *, packed: bool = False) -> None:

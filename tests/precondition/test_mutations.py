@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lucid_attention import precondition, precondition_varlen
-from lucid_attention.precondition import blocked, layout, operators
+from lucid_attention.precondition import blocked, blocked_calls, layout
 from tests.conftest import make_keys, relative_error
 from tests.precondition.test_definition import pack
 
@@ -102,6 +102,6 @@ def test_unchanged_it_agrees() -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_dropped_term_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = mutant(*MUTATIONS[name])
-    monkeypatch.setattr(operators, "blocked", changed)
+    monkeypatch.setattr(blocked_calls, "blocked", changed)
     monkeypatch.setattr(layout, "blocked", changed)
     assert not agree()

@@ -35,12 +35,12 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
     past_key = make_keys("cos0.8", 2, 2, 7, 6, dtype=dtype).requires_grad_()
     past_y = torch.randn(2, 2, 7, 4, requires_grad=True)  # float32, also for bfloat16 values
     extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
-    torch.library.opcheck(operators.precondition, (key, value, *extra, 0.4), test_utils=CHECKS)
-    y = operators.precondition(key, value, *extra, 0.4).detach()
+    torch.library.opcheck(operators.precondition, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS)
+    y = operators.precondition(key, value, *extra, 0.4, "auto").detach()
     backward = (torch.randn_like(y), key.detach(), y)
     detached = tuple(x if x is None else x.detach() for x in extra)
     torch.library.opcheck(
-        operators.precondition_backward, (*backward, *detached, 0.4), test_utils=CHECKS
+        operators.precondition_backward, (*backward, *detached, 0.4, "auto"), test_utils=CHECKS
     )
 
 
@@ -49,7 +49,7 @@ def test_opcheck_packed(longest: int | None) -> None:
     key = make_keys("cos0.8", 20, 2, 6, dtype=torch.float32).requires_grad_()
     value = torch.randn(20, 2, 4, requires_grad=True)
     strength = torch.tensor([0.3, 1.0], requires_grad=True)
-    args = (key, value, pack((8, 0, 12)), strength, longest, 0.4)
+    args = (key, value, pack((8, 0, 12)), strength, longest, 0.4, "auto")
     torch.library.opcheck(operators.precondition_varlen, args, test_utils=CHECKS)
 
 

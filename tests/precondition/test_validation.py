@@ -16,6 +16,7 @@ from lucid_attention import (
     precondition,
     precondition_varlen,
 )
+from lucid_attention.precondition import implementation
 
 
 def dense(**changes: Any) -> dict[str, Any]:
@@ -82,7 +83,6 @@ DENSE_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"past": (R(2, 3, 5, 8), torch.ones(2, 3, 5, 4, dtype=torch.int32))}, TypeError, r"past\[1\] .* must be float16.*int32"),
     ({"impl": "fast"}, ValueError, r"impl must be one of .*'auto'.* got 'fast'"),
     ({"impl": None}, TypeError, r"impl must be a string"),
-    ({"impl": "triton"}, ValueError, r"impl='triton' is reserved .*Use impl='auto'"),
 ]  # fmt: skip
 
 PACKED_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -103,7 +103,6 @@ PACKED_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_seqlen": torch.tensor(6)}, TypeError, r"max_seqlen must be an int or None, got Tensor"),
     ({"strength": 2}, ValueError, r"strength must lie in"),
     ({"kernel_scale": 0}, ValueError, r"kernel_scale must be positive"),
-    ({"impl": "triton"}, ValueError, r"impl='triton' is reserved"),
 ]  # fmt: skip
 
 QUERY_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -118,7 +117,6 @@ QUERY_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": math.inf}, ValueError, r"scale must be finite"),
     ({"scale": "1"}, TypeError, r"scale must be a Python float"),
     ({"key_mask": torch.ones(2, 10)}, TypeError, r"key_mask must be bool"),
-    ({"impl": "triton"}, ValueError, r"impl='triton' is reserved"),
 ]  # fmt: skip
 
 Case = tuple[dict[str, Any], type[Exception], str]
@@ -173,3 +171,24 @@ def test_good_input_passes() -> None:
     precondition_varlen(**packed())
     lucid_attention(**dense(query=R(2, 6, 10, 8)))
     lucid_attention(**dense(query=R(2, 6, 10, 8)), scale=-1.0)  # a softmax takes any finite scale
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, r"impl='triton' cannot serve this call: the kernels run on CUDA devices, .*Use impl='auto'"),
+    ({"dtype": torch.float64}, r"cannot serve this call: the kernels take float16, .*got torch.float64"),
+    ({"width": 260}, r"cannot serve this call: the kernels take head sizes up to 256, got 260"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_kernels_are_refused_by_name(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementation, "_interpreted", lambda: False)
+    dtype, width = change.get("dtype", torch.float32), change.get("width", 8)
+    key = torch.randn(1, 1, 10, width, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        precondition(key, key, impl="triton")
+    with pytest.raises(ValueError, match=message):
+        precondition_varlen(key[0].transpose(0, 1), key[0].transpose(0, 1), ints(0, 10), impl="triton")
+    assert precondition(key, key).shape == key.shape  # auto does without them

@@ -1,0 +1,1 @@
+"""Triton kernels of the solve and its gradients. Import it only where Triton is installed."""
