@@ -198,9 +198,7 @@ def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grads = torch.ops.lucid_attention.precondition_varlen_backward(
-        grad, *saved, *ctx.options
-    )
+    grads = torch.ops.lucid_attention.precondition_varlen_backward(grad, *saved, *ctx.options)
     strength = None if saved[3] is None else grads[2]
     return grads[0], grads[1], None, strength, None, None, None
 

@@ -35,7 +35,9 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
     past_key = make_keys("cos0.8", 2, 2, 7, 6, dtype=dtype).requires_grad_()
     past_y = torch.randn(2, 2, 7, 4, requires_grad=True)  # float32, also for bfloat16 values
     extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
-    torch.library.opcheck(operators.precondition, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS)
+    torch.library.opcheck(
+        operators.precondition, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS
+    )
     y = operators.precondition(key, value, *extra, 0.4, "auto").detach()
     backward = (torch.randn_like(y), key.detach(), y)
     detached = tuple(x if x is None else x.detach() for x in extra)

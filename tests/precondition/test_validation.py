@@ -190,5 +190,7 @@ def test_kernels_are_refused_by_name(
     with pytest.raises(ValueError, match=message):
         precondition(key, key, impl="triton")
     with pytest.raises(ValueError, match=message):
-        precondition_varlen(key[0].transpose(0, 1), key[0].transpose(0, 1), ints(0, 10), impl="triton")
+        precondition_varlen(
+            key[0].transpose(0, 1), key[0].transpose(0, 1), ints(0, 10), impl="triton"
+        )
     assert precondition(key, key).shape == key.shape  # auto does without them

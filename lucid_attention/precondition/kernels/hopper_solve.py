@@ -65,8 +65,7 @@ def _long(x):
     x = gl.to_tensor(x)
     if x.dtype.primitive_bitwidth == 64:
         return x
-    else:
-        return x.to(gl.uint32, bitcast=True).to(gl.int64)
+    return x.to(gl.uint32, bitcast=True).to(gl.int64)
 
 
 @gluon.jit
@@ -76,10 +75,9 @@ def _keep(x):
         return gl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
         )
-    else:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1
-        )
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

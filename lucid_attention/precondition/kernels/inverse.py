@@ -58,31 +58,30 @@ def _inverse_pointers(T, rows, columns, H: tl.constexpr):
 
 
 @triton.jit
-def _substitute(T, A, entry, H: tl.constexpr):
-    """Invert the 16 x 16 tiles on the diagonal in place of ``A``: a thread takes a column of one.
+def _substitute(T, R: tl.constexpr, H: tl.constexpr):
+    """Invert the 16 x 16 tiles on the diagonal in place: row by row, all columns at once.
 
-    Plain substitution in float32, one entry of each row at a time: no product of tiles this small
-    is worth its rearrangements.
+    Plain substitution in float32: no product of tiles this small is worth its rearrangements.
     """
+    entry = tl.arange(0, R)[:, None]  # one column of one tile
+    k = tl.arange(0, 16)[None, :]
     tile = entry // 16 * 16
     column = entry % 16
-    solved = (tl.where(column == 0, 1.0, 0.0),)
+    X = tl.where(k == column, 1.0, 0.0)  # (R, 16): X[entry, k] is row k of the entry's column
     for r in tl.static_range(1, 16):
-        x = tl.where(column == r, 1.0, 0.0)
-        for k in tl.static_range(0, r):
-            a = tl.load(_inverse_pointers(A, tile + r, tile + k, H))
-            x -= a.to(tl.float32) * solved[k]
-        solved = solved + (x,)
+        # The row's entries from r on are stored as 0, and the rows of X before r are final.
+        a = tl.load(_inverse_pointers(T, tile + r, tile + k, H)).to(tl.float32)
+        X = tl.where(k == r, X - tl.sum(a * X, axis=1)[:, None], X)
     tl.debug_barrier()
-    for r in tl.static_range(1, 16):
-        x = tl.where(column < r, solved[r], 0.0)
-        pointers = _inverse_pointers(T, tile + r, tile + column, H)
-        tl.store(pointers, x.to(T.dtype.element_ty))
+    X = tl.where(column < k, X, 0.0)
+    tl.store(_inverse_pointers(T, tile + k, tile + column, H), X.to(T.dtype.element_ty))
     tl.debug_barrier()
 
 
 @triton.jit
-def _merge(T, C, GROUPS: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr):
+def _merge(
+    T, C, GROUPS: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr
+):
     """Pairs of inverses of side ``SIZE`` to inverses of twice that: fill in ``-X2 C X1``."""
     group = 2 * SIZE * tl.arange(0, GROUPS)[:, None, None]
     row = tl.arange(0, SIZE)[None, :, None]
@@ -157,7 +156,7 @@ def inverse_kernel(
         tl.where(small_row > small_column, A, 0.0).to(DTYPE),
     )
     tl.debug_barrier()
-    _substitute(tile, tile, tl.arange(0, R), H)
+    _substitute(tile, R, H)
     if H >= 32:
         C32 = _coupling(C32, Wt, Live, start, strength, c2, shift, G // 2, 16, 32, 16, CENTRED)
         _merge(tile, C32.to(DTYPE), G // 2, 16, H, PRECISION)

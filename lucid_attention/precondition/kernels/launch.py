@@ -154,9 +154,9 @@ def _block_table(offsets: Tensor, total: int, block: int, blocks: int) -> Tensor
     local = (index - first) * block
     rows = (counts[sequence] - local).clamp(0, block)
     rows = torch.where(used, rows, 0)
-    return torch.stack(
-        (starts[sequence] + local, rows, first, last.clamp(max=blocks))
-    ).to(torch.int32)
+    return torch.stack((starts[sequence] + local, rows, first, last.clamp(max=blocks))).to(
+        torch.int32
+    )
 
 
 def _longest(offsets: Tensor, packed: Tensor, longest: int | None) -> int:

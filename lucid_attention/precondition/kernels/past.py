@@ -41,7 +41,9 @@ def range_kernel(
         tl.store(tile_pointers(Out, start, R, E1 + E2, E1, E2), x.to(Out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["heads", "chains", "blocks", "column_blocks", "length", "headroom_x"])
+@triton.jit(
+    do_not_specialize=["heads", "chains", "blocks", "column_blocks", "length", "headroom_x"]
+)
 def answer_kernel(
     Kh, Wt, ColumnKh, ColumnWt, X, LargestX, headroom_x, Value, value_b, value_h, value_n, Out,
     Strength, Bad, heads, chains, blocks, column_blocks, length, value_width, c2, shift, exact_one,

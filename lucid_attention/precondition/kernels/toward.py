@@ -23,7 +23,18 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "chains", "blocks", "column_blocks", "length", "reference_c", "headroom_a", "headroom_b"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "chains",
+        "blocks",
+        "column_blocks",
+        "length",
+        "reference_c",
+        "headroom_a",
+        "headroom_b",
+    ]
+)
 def toward_kernel(
     Kh, Wt, A, LargestA, headroom_a, ColumnKh, ColumnWt, B, LargestB, headroom_b,
     Toward, TowardSum, Key, key_b, key_h, key_n, Reference, reference_c, GradKey, out_b, out_h, out_n,

@@ -14,6 +14,9 @@ from lucid_attention.precondition import operators
 from tests.conftest import HARD_KEYS, make_keys, relative_error
 from tests.precondition.test_definition import pack
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim > 0"
+)  # interpreter
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALF = torch.float16
 
@@ -26,7 +29,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def run(leaves: list[Tensor], impl: str, grad: Tensor | None = None, **options: Any) -> list[Tensor]:
+def run(
+    leaves: list[Tensor], impl: str, grad: Tensor | None = None, **options: Any
+) -> list[Tensor]:
     """``Y`` and the gradients of all leaves: key, value, then strength, past key, past Y."""
     key, value, *more = leaves
     options = dict(options)
@@ -168,11 +173,6 @@ def test_head_sizes(dtype: torch.dtype, width: int, value_width: int, device: st
         close(g, e, y)
 
 
-def half_or_blocked(leaves: list[Tensor], **options: Any) -> list[Tensor]:
-    """A yardstick for masks, packing and pasts: torch in float32, from operands in float16."""
-    return run(leaves, "blocked", **options)
-
-
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
 def test_padding(dtype: torch.dtype, side: str, device: str) -> None:
@@ -293,7 +293,11 @@ def test_empty(device: str) -> None:
         y, dk, dv = run([key, value], "triton")
         assert y.shape == dk.shape == dv.shape == shape
     packed = torch.randn(0, 2, 8, device=device)
-    assert precondition_varlen(packed, packed, pack((0, 0)).to(device), impl="triton").shape == (0, 2, 8)
+    assert precondition_varlen(packed, packed, pack((0, 0)).to(device), impl="triton").shape == (
+        0,
+        2,
+        8,
+    )
 
 
 def test_repeats_bit_for_bit(device: str) -> None:
