@@ -1,13 +1,12 @@
 """The blocked solve beside the dense route and softmax attention: time and peak memory.
 
-    python -m benchmarks.solve                  # on the CPU, about 5 minutes on two cores
-    python -m benchmarks.solve --device cuda    # on a GPU, about a minute
-    python -m benchmarks.solve --quick          # a few small shapes, to see that it runs
+    python -m benchmarks.solve            # on the CPU, about 5 minutes on two cores
+    python -m benchmarks.solve --quick    # a few small shapes, to see that it runs
 
-Writes ``solve-DEVICE.csv``, ``.json`` (conditions) and ``.png`` into ``benchmarks/results`` (or
+Writes ``solve-cpu.csv``, ``.json`` (conditions) and ``.png`` into ``benchmarks/results`` (or
 ``--out``). Times include everything a call does. Rivals: ``dense``, the definition by
 ``torch.linalg.solve_triangular`` with autograd, and ``sdpa``, PyTorch's causal softmax attention on
-the same heads (on a GPU its default choice of back end), which the solve is an addition to.
+the same heads, which the solve is an addition to. On a GPU: ``benchmarks/solve_gpu.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from tqdm import tqdm
 
 from lucid_attention import precondition
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
 COSINE = 0.8
 GATE = 1e-5  # relative error against float64 that float32 has to keep
@@ -49,24 +47,16 @@ class Shape:
     head_dim: int
 
 
-CPU_SHAPES = [
+SHAPES = [
     *(Shape(4, seq, 64) for seq in (256, 1024, 4096, 8192, 16384)),
     *(Shape(4, seq, 128) for seq in (1024, 4096)),
     Shape(4, 4096, 68),
     Shape(1, 8192, 64),
     Shape(64, 256, 64),
 ]
-CUDA_SHAPES = [
-    *(Shape(32, seq, 128) for seq in (1024, 4096, 16384)),
-    *(Shape(32, seq, 64) for seq in (4096, 16384)),
-    Shape(32, 4096, 68),
-    Shape(8, 32768, 128),
-    Shape(1, 8192, 128),
-    Shape(256, 2048, 64),
-]
 QUICK = [Shape(2, 256, 64), Shape(2, 512, 16)]
 # One (heads, N, N) matrix above this is not attempted by the dense route (it makes several).
-DENSE_LIMIT = {"cpu": 1.2 * 2**30, "cuda": 9 * 2**30}
+DENSE_LIMIT = 1.2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -112,40 +102,30 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def operands(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys with pairwise cosine 0.8, values and an output gradient; bfloat16 on a GPU."""
+def operands(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys with pairwise cosine 0.8, values and an output gradient."""
     torch.manual_seed(0)
     size = (1, shape.heads, shape.seq, shape.head_dim)
     shared = torch.randn(1, shape.heads, 1, shape.head_dim)
     key = math.sqrt(COSINE) * shared + math.sqrt(1 - COSINE) * torch.randn(size)
-    dtype = DTYPES[device]
-    return tuple(x.to(device, dtype) for x in (key, torch.randn(size), torch.randn(size)))  # type: ignore[return-value]
+    return key, torch.randn(size), torch.randn(size)
 
 
-def relative_error(shape: Shape, device: str) -> float:
-    """Error of the blocked solve before the final rounding, against the dense definition in float64.
+def relative_error(shape: Shape) -> float:
+    """Error of the blocked solve against the dense definition in float64.
 
     One head, and at most the first 4096 tokens, which later ones do not change: the definition is
     quadratic in memory.
     """
-    key, value, _ = (x[:, :1, :4096].float() for x in operands(shape, device))
+    key, value, _ = (x[:, :1, :4096] for x in operands(shape))
     exact = precondition(key.double(), value.double(), impl="reference")
     got = precondition(key, value).double()
     return ((got - exact).norm() / exact.norm()).item()
 
 
-def peak_extra_mib(run: Callable[[], object], device: str) -> float:
-    """Peak memory during ``run`` above what was held before, its result included.
-
-    On a CPU resident memory as the operating system counts it, on a GPU PyTorch's allocator.
-    """
+def peak_extra_mib(run: Callable[[], object]) -> float:
+    """Peak resident memory during ``run`` above what was held before, its result included."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        kept = run()
-        del kept
-        return (torch.cuda.max_memory_allocated() - start) / 2**20
     # Hand freed memory back first, or a call that reuses it would seem to cost nothing.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -169,12 +149,12 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(points.tolist())  # type: ignore[return-value]
 
 
-def measure(shape: Shape, direction: str, seconds: float, device: str) -> list[Row]:
+def measure(shape: Shape, direction: str, seconds: float) -> list[Row]:
     """Time all implementations in turn, round after round, so that a drift meets them alike."""
-    key, value, grad = operands(shape, device)
+    key, value, grad = operands(shape)
     backward = direction == "forward+backward"
     names = list(IMPLEMENTATIONS)
-    if shape.heads * shape.seq**2 * 4 > DENSE_LIMIT[device]:
+    if shape.heads * shape.seq**2 * 4 > DENSE_LIMIT:
         names.remove("dense")
 
     def call(name: str) -> object:
@@ -187,20 +167,18 @@ def measure(shape: Shape, direction: str, seconds: float, device: str) -> list[R
     memory = {}
     for name in names:
         call(name)
-        memory[name] = peak_extra_mib(lambda name=name: call(name), device)  # type: ignore[misc]
+        memory[name] = peak_extra_mib(lambda name=name: call(name))  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in names}
     stop = time.perf_counter() + seconds
     while len(times["blocked"]) < 3 or (time.perf_counter() < stop and len(times["blocked"]) < 50):
         for name in names:
             start = time.perf_counter()
             call(name)
-            if device == "cuda":
-                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
 
     median = {name: quantiles(times[name])[1] for name in names}
     flops = (7 if backward else 2) * shape.heads * shape.seq**2 * shape.head_dim
-    error = relative_error(shape, device)
+    error = relative_error(shape)
     rows = []
     for name in names:
         low, middle, high = quantiles(times[name])
@@ -305,25 +283,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
     parser.add_argument("--seconds", type=float, help="time for each shape and pass")
     options = parser.parse_args()
-    device: str = options.device
-    shapes = QUICK if options.quick else {"cpu": CPU_SHAPES, "cuda": CUDA_SHAPES}[device]
+    shapes = QUICK if options.quick else SHAPES
     for shape in tqdm(shapes, desc="correctness gate"):
-        error = relative_error(shape, device)
+        error = relative_error(shape)
         if not error <= GATE:  # a NaN does not pass
             raise SystemExit(f"{shape}: relative error {error:.1e} is above {GATE}; nothing timed.")
-    facts = conditions(device)
-    seconds = options.seconds or (0.2 if options.quick else {"cpu": 8.0, "cuda": 1.0}[device])
+    facts = conditions("cpu")
+    seconds = options.seconds or (0.2 if options.quick else 8.0)
     rows: list[Row] = []
     for shape in tqdm(shapes, desc="measuring"):
         for direction in ("forward", "forward+backward"):
-            rows += measure(shape, direction, seconds, device)
+            rows += measure(shape, direction, seconds)
     options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / f"solve-{device}"
+    base = options.out / "solve-cpu"
     with base.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
         writer.writeheader()

@@ -16,7 +16,7 @@ precision, head sizes of one piece (64 or 128) and blocks of 128 rows. What is d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,67 +30,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import tiles
+from .hopper_tiles import (
+    as_long,
+    fence_proxy,
+    narrow,
+    power_of_two,
+    range_exponent,
+    tile_descriptor,
+    wait_for,
+    wide_layout,
+    widen,
+)
 
-power_of_two = gluon.jit(tiles.power_of_two.fn)
-range_exponent = gluon.jit(tiles.range_exponent.fn)
-wait_for = gluon.jit(tiles.wait_for.fn)
+if TYPE_CHECKING:
+    from .plan import Call, Control, Prepared
 
 COLUMNS = 128
 """Rows of a column tile; 64, with twice the stages, was 1 to 30 % slower on every shape."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
-
-
-@gluon.constexpr_function
-def _wide_layout(width, swaps):
-    """A product's layout with pairs of columns exchanged between neighbouring lanes.
-
-    After two exchanges a thread holds 8 neighbours of a row, and 4 lanes 32: whole sectors.
-    """
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
-    columns = [[0, 8 << k] for k in range((width // 8).bit_length() - 1)]
-    taken = []
-    for swap in range(swaps):
-        taken.append(lanes[swap])
-        lanes[swap] = columns.pop(0)
-    registers = [[0, 1], *taken, [8, 0], *columns]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, width])
-
-
-@gluon.jit
-def _long(x):
-    """A size or an index as 64 bits. As an unsigned number its upper half costs no register."""
-    x = gl.to_tensor(x)
-    if x.dtype.primitive_bitwidth == 64:
-        return x
-    return x.to(gl.uint32, bitcast=True).to(gl.int64)
-
-
-@gluon.jit
-def _keep(x):
-    """``x``; between two conversions, so that they stay two: each is then one round of shuffles."""
-    if x.dtype.primitive_bitwidth == 16:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
-        )
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _widen(x, E: gl.constexpr):
-    middle: gl.constexpr = _wide_layout(E, 1)
-    wide: gl.constexpr = _wide_layout(E, 2)
-    return gl.convert_layout(_keep(gl.convert_layout(x, middle)), wide)
-
-
-@gluon.jit
-def _narrow(x, sums: gl.constexpr, E: gl.constexpr):
-    middle: gl.constexpr = _wide_layout(E, 1)
-    return gl.convert_layout(_keep(gl.convert_layout(x, middle)), sums)
 
 
 @gluon.jit
@@ -100,14 +58,6 @@ def _step(slot, phase, STAGES: gl.constexpr):
         slot = 0
         phase ^= 1
     return slot, phase
-
-
-@gluon.jit
-def _fence_global():
-    """Orders this thread's ordinary accesses and the copy engine's, global memory included."""
-    gl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -179,8 +129,7 @@ def _loader(
                     mbarrier.wait(solution_empty.index(slot), phase ^ 1)
                     need = 2 * ((j - 1) // PER + 1)
                     if ready < need:
-                        ready = wait_for(counter, need, False)
-                        _fence_global()
+                        ready = wait_for(counter, need)
                     bar = solution_full.index(slot)
                     mbarrier.expect(bar, M * E * 2)
                     tma.async_copy_global_to_shared(
@@ -214,7 +163,7 @@ def _compute(
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    wide: gl.constexpr = _wide_layout(E, 2)
+    wide: gl.constexpr = wide_layout(E, 2)
     rows = own.index(GROUP)
     nothing = gl.zeros([64, M], gl.float32, product)
     slot = 0
@@ -268,21 +217,21 @@ def _compute(
         mbarrier.arrive(own_empty, count=1)
 
         # What the last tile needs but does not have to wait for.
-        batch = _long(chain // heads)
-        head = _long(chain % heads)
+        batch = as_long(chain // heads)
+        head = as_long(chain % heads)
         entry = chain * blocks + first
         wide_row = at + gl.arange(0, 64, gl.SliceLayout(1, wide))
         wide_column = gl.arange(0, E, gl.SliceLayout(0, wide))
         inside = (wide_row < end)[:, None] & (wide_column < value_width)[None, :]
-        values = Value + batch * _long(value_b) + head * _long(value_h)
+        values = Value + batch * as_long(value_b) + head * as_long(value_h)
         v = gl.load(
-            values + _long(wide_row)[:, None] * _long(value_n) + wide_column[None, :],
+            values + as_long(wide_row)[:, None] * as_long(value_n) + wide_column[None, :],
             mask=inside, other=0.0,
         )  # fmt: skip
         row = at + gl.arange(0, 64, gl.SliceLayout(1, sums))
         live = row < end
         if Mask is not None:
-            live = live & (gl.load(Mask + batch * _long(length) + row, mask=live, other=0) != 0)
+            live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
         strength = 1.0
         if Strength is not None:
             strength = gl.load(Strength + head).to(gl.float32)
@@ -295,7 +244,7 @@ def _compute(
         if n > 0:
             mbarrier.wait(solution_full.index(slot), phase)
             acc = warpgroup_mma(p, solution.index(slot), acc, is_async=True)
-        v = _narrow(v, sums, E).to(gl.float32) * scale
+        v = narrow(v, sums, E).to(gl.float32) * scale
         v = gl.where(live[:, None] & (gl.abs(v) < float("inf")), v, 0.0)
         mbarrier.wait(inverse_full, turn)
         if GROUP == 0:
@@ -314,11 +263,11 @@ def _compute(
             y = warpgroup_mma(inverse.index(1), right.index(0), y, is_async=True)
         y = warpgroup_mma_wait(0, deps=[y])
 
-        start = _long(chain * blocks + block) * 128 + 64 * GROUP
+        start = as_long(chain * blocks + block) * 128 + 64 * GROUP
         wide_index = gl.arange(0, 64, gl.SliceLayout(1, wide))
         place = Yh + start * E + (wide_index * E)[:, None] + wide_column[None, :]
-        gl.store(place, _widen(y.to(gl.float16), E))
-        _fence_global()
+        gl.store(place, widen(y.to(gl.float16), E))
+        fence_proxy(block)
         gl.thread_barrier()
         gl.atomic_add(Done + entry, 1, sem="release")
         if n > 0:
@@ -332,17 +281,17 @@ def _compute(
         padded = block * 128 + 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, sums))
         spoiled = (padded >= blocks * 128 - bad) & live
         y = gl.where(spoiled[:, None], float("nan"), y * power_of_two(-exponent))
-        out = Y + batch * _long(y_b) + head * _long(y_h)
+        out = Y + batch * as_long(y_b) + head * as_long(y_h)
         gl.store(
-            out + _long(wide_row)[:, None] * _long(y_n) + wide_column[None, :],
-            _widen(y.to(Y.dtype.element_ty), E), mask=inside,
+            out + as_long(wide_row)[:, None] * as_long(y_n) + wide_column[None, :],
+            widen(y.to(Y.dtype.element_ty), E), mask=inside,
         )  # fmt: skip
         turn ^= 1
         mbarrier.wait(own_full, turn)
         chain = _read(note, 0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
 def hopper_solve_kernel(
     KhHalf, KhTile, YhTile, TTile, Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
     Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
@@ -418,21 +367,14 @@ def hopper_solve_kernel(
     )  # fmt: skip
 
 
-def _copies(rows: Tensor, count: int) -> TensorDescriptor:
-    """Copies of ``count`` whole rows of a workspace."""
-    block = [count, rows.shape[1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
-    return TensorDescriptor.from_tensor(rows, block, layout)
-
-
 def hopper_solve(
-    call: Any,
-    prepared: Any,
+    call: Call,
+    prepared: Prepared,
     value: Tensor,
     out: Tensor,
     mask: Tensor | None,
     strength: Tensor | None,
-    control: Any,
+    control: Control,
     shift: int,
 ) -> None:
     """``launch._solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
@@ -445,8 +387,8 @@ def hopper_solve(
     programs = torch.cuda.get_device_properties(value.device).multi_processor_count
     keys = prepared.keys
     hopper_solve_kernel[(min(programs, geometry.slots),)](
-        _copies(keys, 64), _copies(keys, COLUMNS), _copies(solved, COLUMNS),
-        _copies(prepared.inverse.view(-1, 64), 64),
+        tile_descriptor(keys, 64), tile_descriptor(keys, COLUMNS), tile_descriptor(solved, COLUMNS),
+        tile_descriptor(prepared.inverse.view(-1, 64), 64),
         value, *geometry.strides(value), solved, out, *geometry.strides(out),
         mask, strength, geometry.table, done, largest, bad, control.ticket,
         geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,

@@ -123,7 +123,7 @@ def inverse_kernel(
     C32 = tl.zeros([G // 2, 16, 16], dtype=tl.float32)
     if H >= 64:
         C64 = tl.zeros([G // 4, 32, 32], dtype=tl.float32)
-    for feature in range(0, depth, STRIP):
+    for feature in tl.range(0, depth, STRIP, num_stages=2):
         A = _strip_product(A, Kh, start, feature, G, 16, 16, 0, STRIP, D, PRECISION)
         if H >= 32:
             C32 = _strip_product(C32, Kh, start, feature, G // 2, 16, 32, 16, STRIP, D, PRECISION)

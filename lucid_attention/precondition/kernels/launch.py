@@ -1,20 +1,12 @@
-"""The host's side of the kernels: shapes, workspaces, launches. Nothing here reads the device.
+"""The launches: from the operators' arguments to kernels. Nothing here reads the device.
 
-The four functions at the end take what the torch operators take. Workspaces of a call, for C chains
-of B blocks of R rows, in the operands' dtype (float16 for half-precision inputs, else float32):
-
-    Kh  (C, B R, D1 + D2)   Yh, Gh  (C, B R, E1 + E2)   T  (C, B, 3, R/2, R/2)
-
-and ``control``, int32 zeros: ticket, finished blocks, ranges, first bad rows.
+The four functions at the end take what the torch operators take, as `blocked_calls` does.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,194 +14,26 @@ import triton
 from torch import Tensor
 
 from ..numerics import KEY_EPS
-from ..validation import check_offsets
 from .adjoint import adjoint_kernel
 from .inverse import inverse_kernel
 from .past import answer_kernel, range_kernel
+from .plan import (
+    SHIFT_BACKWARD,
+    SHIFT_FORWARD,
+    Call,
+    Control,
+    Geometry,
+    Plan,
+    Prepared,
+    interpreted,
+    longest_sequence,
+    plan_for,
+)
 from .prepare import prepare_kernel
 from .solve import solve_kernel
-from .tiles import LANE
 from .toward import toward_kernel
 
 PREPARED_ROWS = 32
-LOG2E = math.log2(math.e)
-# P carries 2^SHIFT in half precision: 2^15 is all that float16 has above 1; T = (dV . y) P needs
-# the room below as well.
-SHIFT_FORWARD = 15
-SHIFT_BACKWARD = 7
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels on the CPU, in its interpreter."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-def pieces(width: int) -> tuple[int, int]:
-    """A head size as two tile widths, powers of two of at least 16; the second may be 0."""
-    first = max(LANE, 1 << (width.bit_length() - 1))
-    if width <= first:
-        return first, 0
-    second = max(LANE, 1 << (width - first - 1).bit_length())
-    return (2 * first, 0) if second == first else (first, second)
-
-
-class Tiles(NamedTuple):
-    """One kernel's tile and its compiler options."""
-
-    columns: int
-    stages: int
-    warps: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the shapes and dtypes of a call decide."""
-
-    dtype: torch.dtype
-    block: int
-    solve: Tiles
-    adjoint: Tiles
-    toward: Tiles
-    precision: str
-
-    @property
-    def centred(self) -> bool:
-        return self.dtype == torch.float32
-
-
-def plan_for(dtype: torch.dtype, width: int, value_width: int) -> Plan:
-    """Hand-picked tiles; a function of dtype and head sizes alone, so lengths never recompile."""
-    widest = max(sum(pieces(width)), sum(pieces(value_width)))
-    if dtype == torch.float32:
-        if widest <= 128:
-            tiles = Tiles(32, 2, 4)
-            return Plan(torch.float32, 64, tiles, Tiles(16, 1, 4), Tiles(16, 1, 4), "tf32x3")
-        tiles = Tiles(16, 1, 4)
-        return Plan(torch.float32, 32, tiles, tiles, tiles, "tf32x3")
-    if widest <= 64:
-        return Plan(torch.float16, 128, Tiles(64, 3, 8), Tiles(64, 2, 8), Tiles(64, 3, 8), "tf32")
-    if widest <= 128:
-        return Plan(torch.float16, 128, Tiles(64, 3, 8), Tiles(64, 2, 8), Tiles(64, 2, 8), "tf32")
-    return Plan(torch.float16, 64, Tiles(64, 2, 4), Tiles(32, 2, 4), Tiles(32, 2, 4), "tf32")
-
-
-class Geometry:
-    """The chains of a call: dense ``(batch, heads, seq, ..)`` or packed ``(total, heads, ..)``."""
-
-    def __init__(
-        self,
-        tensor: Tensor,
-        block: int,
-        offsets: Tensor | None = None,
-        longest: int = 0,
-    ) -> None:
-        self.block = block
-        self.packed = offsets is not None
-        if offsets is None:
-            batch, self.heads, self.length, _ = tensor.shape
-            self.chains = batch * self.heads
-            self.blocks = triton.cdiv(self.length, block)
-            self.longest = self.length
-            self.table: Tensor | None = None
-        else:
-            self.length, self.heads, _ = tensor.shape
-            self.chains = self.heads
-            sequences = offsets.shape[0] - 1
-            self.blocks = self.length // block + min(sequences, self.length)
-            self.longest = min(longest, self.length)
-            self.table = _block_table(offsets, self.length, block, self.blocks)
-
-    @property
-    def slots(self) -> int:
-        return self.chains * self.blocks
-
-    @property
-    def headroom(self) -> int:
-        """``|y| <= 2 sqrt(N) max|v|`` for every entry: that many powers of two are kept free."""
-        return math.ceil(math.log2(2.0 * math.sqrt(max(1, self.longest))))
-
-    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        """Strides of (batch, head, row)."""
-        if self.packed:
-            return 0, tensor.stride(1), tensor.stride(0)
-        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-    def workspace(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-        return like.new_empty((self.slots * self.block, *shape), dtype=dtype)
-
-
-def _block_table(offsets: Tensor, total: int, block: int, blocks: int) -> Tensor:
-    """Per block: first row, number of rows, first and one past the last block of its sequence."""
-    # Wrong offsets that were not read give wrong results, but no index out of range.
-    offsets = offsets.clamp(0, total)
-    starts, ends = offsets[:-1], offsets[1:]
-    counts = (ends - starts).clamp(min=0)
-    after = ((counts + (block - 1)) // block).cumsum(0)
-    index = torch.arange(blocks, device=offsets.device)
-    sequence = torch.searchsorted(after, index, right=True)
-    used = sequence < after.shape[0]
-    sequence = sequence.clamp(max=max(0, after.shape[0] - 1))
-    last = after[sequence]
-    first = torch.where(sequence > 0, after[sequence - 1], 0)
-    local = (index - first) * block
-    rows = (counts[sequence] - local).clamp(0, block)
-    rows = torch.where(used, rows, 0)
-    return torch.stack((starts[sequence] + local, rows, first, last.clamp(max=blocks))).to(
-        torch.int32
-    )
-
-
-def _longest(offsets: Tensor, packed: Tensor, longest: int | None) -> int:
-    """The longest sequence; the offsets are read, and then checked, only if it is not given."""
-    if longest is not None and offsets.device.type != "cpu":
-        return longest
-    host = offsets.tolist()
-    check_offsets(host, packed.shape[0], longest)
-    return max((stop - start for start, stop in pairwise(host)), default=0)
-
-
-class Control:
-    """The int32 zeros that a launch starts from, as views of one buffer."""
-
-    def __init__(self, like: Tensor, *slots: int) -> None:
-        pad = 32
-        buffer = torch.zeros(pad + sum(slots), dtype=torch.int32, device=like.device)
-        self.ticket = buffer
-        self.parts = list(torch.split(buffer[pad:], list(slots)))
-
-
-class Call:
-    """The arguments that a call's kernels share."""
-
-    def __init__(
-        self, geometry: Geometry, plan: Plan, key: Tensor, value: Tensor, kernel_scale: float
-    ) -> None:
-        self.geometry, self.plan = geometry, plan
-        self.width, self.value_width = key.shape[-1], value.shape[-1]
-        self.kernel_scale = kernel_scale
-        self.c2 = kernel_scale * LOG2E
-        self.pieces = dict(zip(("D1", "D2"), pieces(self.width), strict=True))
-        self.value_pieces = dict(zip(("E1", "E2"), pieces(self.value_width), strict=True))
-        self.exact = {"CENTRED": plan.centred, "PRECISION": plan.precision}
-
-    def shift(self, power: int) -> float:
-        return power - self.c2 * self.width
-
-    @property
-    def key_width(self) -> int:
-        return sum(self.pieces.values())
-
-    @property
-    def solution_width(self) -> int:
-        return sum(self.value_pieces.values())
-
-
-class Prepared(NamedTuple):
-    keys: Tensor
-    weights: Tensor | None
-    live: Tensor
-    inverse: Tensor | None
-    reference: Tensor | None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -258,6 +82,8 @@ def _prepare(
         keys, weights, live, strength, inverse, geometry.heads, geometry.chains, geometry.blocks,
         call.key_width, call.c2, call.shift(0),
         R=plan.block, **call.pieces, **call.exact, num_warps=4,
+        # Four programs to a multiprocessor: a quarter faster at 64, and slower where rows are wider.
+        maxnreg=128 if call.key_width <= 64 else None,
     )  # fmt: skip
     return Prepared(keys, weights, live, inverse, reference)
 
@@ -327,6 +153,49 @@ def _adjoint(call: Call, prepared: Prepared, grad: Tensor, solution: Tensor, gra
         **call.pieces, **call.value_pieces, **call.exact, num_warps=tiles.warps,
     )  # fmt: skip
     return gh, yh, toward, sums, strength_sum
+
+
+class _Gradient(NamedTuple):
+    """What the backward launches of a call share."""
+
+    call: Call
+    prepared: Prepared
+    grad: Tensor
+    key: Tensor
+    solution: Tensor
+    grad_key: Tensor
+    grad_value: Tensor
+    strength: Tensor | None
+    mask: Tensor | None
+    control: Control
+
+    def fused(self) -> Tensor | None:
+        """Both halves of the key gradient in the adjoint sweep, where that kernel is; ``-sum T``."""
+        if not _hopper(self.call, self.key) or self.call.solution_width > self.call.key_width:
+            return None
+        from .hopper_adjoint import hopper_adjoint
+
+        return hopper_adjoint(
+            self.call, self.prepared, self.grad, self.solution, self.grad_value, self.key,
+            self.grad_key, self.strength, self.mask, self.control, SHIFT_BACKWARD,
+        )  # fmt: skip
+
+    def finish(self, gh: Tensor, yh: Tensor, toward: Tensor, sums: Tensor | None) -> None:
+        """The earlier blocks' half and the key's gradient."""
+        geometry = self.call.geometry
+        _, largest, largest_solution, bad = self.control.parts
+        _toward(
+            self.call, geometry, self.prepared, Operand(gh, largest, geometry.headroom),
+            self.prepared, geometry.blocks, Operand(yh, largest_solution, 0), toward, sums,
+            self.key, self.grad_key, self.mask, self.strength, bad,
+            causal=True, add=True, finish=True,
+        )  # fmt: skip
+
+    def adjoint(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        return _adjoint(
+            self.call, self.prepared, self.grad, self.solution, self.grad_value, self.strength,
+            self.control,
+        )  # fmt: skip
 
 
 class Operand(NamedTuple):
@@ -506,7 +375,9 @@ def solve_packed(
     with _on(key):
         key, value = _rows(key), _rows(value)
         plan = _plan(key, value)
-        geometry = Geometry(key, plan.block, cu_seqlens, _longest(cu_seqlens, key, max_seqlen))
+        geometry = Geometry(
+            key, plan.block, cu_seqlens, longest_sequence(cu_seqlens, key, max_seqlen)
+        )
         call = Call(geometry, plan, key, value, kernel_scale)
         reference = _reference(plan, geometry, key, None, None)
         control = Control(key, *[geometry.slots] * 3)
@@ -558,39 +429,38 @@ def adjoint_dense(
             call, geometry, key, grad, solution, strength, key_mask, reference,
             largest, largest_solution, bad,
         )  # fmt: skip
-        gh, yh, toward, sums, grad_strength = _adjoint(
-            call, prepared, grad, solution, grad_value, strength, control
+        gradient = _Gradient(
+            call, prepared, grad, key, solution, grad_key, grad_value, strength, key_mask, control
         )
-        gradient = Operand(gh, largest, geometry.headroom)
         grad_past_key, grad_past = nothing, nothing
-        if past is not None:
-            assert past_key is not None and past_preconditioned is not None
-            past_sum = None if strength is None else torch.empty_like(grad_strength)
-            _toward(
-                call, geometry, prepared, gradient, past.prepared, past.geometry.blocks,
-                past.operand, toward, sums, key, grad_key, key_mask, strength, bad,
-                causal=False, add=True, finish=False, strength_sum=past_sum,
-            )  # fmt: skip
-            if past_sum is not None:
-                grad_strength += past_sum
-            grad_past_key = past_key.new_empty(past_key.shape)
-            scratch = past.geometry.workspace(key, torch.float32, call.key_width)
-            scratch_sums = past.geometry.workspace(key, torch.float32) if plan.centred else None
-            _toward(
-                call, past.geometry, past.prepared, past.operand, prepared, geometry.blocks,
-                gradient, scratch, scratch_sums, past_key, grad_past_key, None, strength, past.bad,
-                causal=False, add=False, finish=True,
-            )  # fmt: skip
-            grad_past = _answer(
-                call, past.geometry, past.prepared, prepared, geometry.blocks, gradient, None,
-                strength, bad,
-            ).to(past_preconditioned.dtype)  # fmt: skip
-        _toward(
-            call, geometry, prepared, gradient, prepared, geometry.blocks,
-            Operand(yh, largest_solution, 0), toward, sums, key, grad_key, key_mask, strength, bad,
-            causal=True, add=True, finish=True,
-        )  # fmt: skip
-        grad_strength = grad_strength.view(-1, heads, geometry.blocks).sum((0, 2))
+        pairs = gradient.fused() if past is None else None
+        if pairs is None:
+            gh, yh, toward, sums, pairs = gradient.adjoint()
+            if past is not None:
+                assert past_key is not None and past_preconditioned is not None
+                operand = Operand(gh, largest, geometry.headroom)
+                past_sum = None if strength is None else torch.empty_like(pairs)
+                _toward(
+                    call, geometry, prepared, operand, past.prepared, past.geometry.blocks,
+                    past.operand, toward, sums, key, grad_key, key_mask, strength, bad,
+                    causal=False, add=True, finish=False, strength_sum=past_sum,
+                )  # fmt: skip
+                if past_sum is not None:
+                    pairs += past_sum
+                grad_past_key = past_key.new_empty(past_key.shape)
+                scratch = past.geometry.workspace(key, torch.float32, call.key_width)
+                scratch_sums = past.geometry.workspace(key, torch.float32) if plan.centred else None
+                _toward(
+                    call, past.geometry, past.prepared, past.operand, prepared, geometry.blocks,
+                    operand, scratch, scratch_sums, past_key, grad_past_key, None, strength,
+                    past.bad, causal=False, add=False, finish=True,
+                )  # fmt: skip
+                grad_past = _answer(
+                    call, past.geometry, past.prepared, prepared, geometry.blocks, operand, None,
+                    strength, bad,
+                ).to(past_preconditioned.dtype)  # fmt: skip
+            gradient.finish(gh, yh, toward, sums)
+        grad_strength = pairs.view(-1, heads, geometry.blocks).sum((0, 2))
     return grad_key, grad_value, grad_strength, grad_past_key, grad_past
 
 
@@ -610,7 +480,9 @@ def adjoint_packed(
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
         plan = _plan(key, solution)
-        geometry = Geometry(key, plan.block, cu_seqlens, _longest(cu_seqlens, key, max_seqlen))
+        geometry = Geometry(
+            key, plan.block, cu_seqlens, longest_sequence(cu_seqlens, key, max_seqlen)
+        )
         call = Call(geometry, plan, key, solution, kernel_scale)
         reference = _reference(plan, geometry, key, None, None)
         control = Control(key, *[geometry.slots] * 4)
@@ -619,13 +491,12 @@ def adjoint_packed(
             call, geometry, key, grad, solution, strength, None, reference,
             largest, largest_solution, bad,
         )  # fmt: skip
-        gh, yh, toward, sums, grad_strength = _adjoint(
-            call, prepared, grad, solution, grad_value, strength, control
+        gradient = _Gradient(
+            call, prepared, grad, key, solution, grad_key, grad_value, strength, None, control
         )
-        _toward(
-            call, geometry, prepared, Operand(gh, largest, geometry.headroom), prepared,
-            geometry.blocks, Operand(yh, largest_solution, 0), toward, sums, key, grad_key, None,
-            strength, bad, causal=True, add=True, finish=True,
-        )  # fmt: skip
-        grad_strength = grad_strength.view(geometry.chains, geometry.blocks).sum(1)
+        pairs = gradient.fused()
+        if pairs is None:
+            gh, yh, toward, sums, pairs = gradient.adjoint()
+            gradient.finish(gh, yh, toward, sums)
+        grad_strength = pairs.view(geometry.chains, geometry.blocks).sum(1)
     return grad_key, grad_value, grad_strength

@@ -106,8 +106,9 @@ def test_layouts(case: str, width: int) -> None:
             for leaf in leaves[:2]:
                 leaf.masked_fill_(dead, float("nan"))
     got = run(leaves, "triton", **options)
-    for g, e in zip(got, exact, strict=True):
-        assert relative_error(g, e) < 8e-3
+    torch_does = run(leaves, "blocked", **options)  # float32 inside, from the rounded Y as well
+    for g, e, b in zip(got, exact, torch_does, strict=True):
+        assert relative_error(g, e) < 2 * relative_error(b, e) + 4e-3
         if dead is not None:
             assert not g.masked_select(dead.expand_as(g)).any()
     for g, e in zip(run(leaves, "triton", **options), got, strict=True):

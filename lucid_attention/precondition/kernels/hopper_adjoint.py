@@ -1,0 +1,579 @@
+"""The adjoint solve and the whole key gradient in one sweep, for Hopper's tensor cores.
+
+Five products a pair of blocks: a program that holds block row ``p`` meets every later block ``i``,
+
+    P = exp2(K_p K_i^T),   acc += P dV_i,   T = (Y_p dV_i^T) P,   toward_p += T K_i,
+
+and ``O = T^T K_p`` is what block ``p`` gives to ``toward_i``; ``adjoint.py`` and ``toward.py`` say what
+these are. ``O`` is added to ``Toward`` in global memory, to each block by its predecessors in order:
+its own part is there first, then block ``i - 1`` adds, then ``i - 2``, each when ``Turn`` says so. Programs
+sweep in the same order, so turns are there in time, and every sum has one order.
+
+In a hurry, when blocks wait for each other, the sweep ends before the next block: first only what dV
+needs of it, then dV itself, announced, and after that the key gradient's terms of the next block.
+The pairs inside the block (``j < i``) come last. Nobody waits for those, except for a turn.
+
+Twelve warps: two groups of four take 64 rows of the block each; one warp loads keys, one loads dV as
+it is announced, one adds to ``Toward``. ``S`` of the next tile is under way while a tile ends, each
+product runs beside the arithmetic on the one before, and the groups fill each other's gaps. Tiles
+have M columns: 64 for 128 features, 128 for 64. Shared memory (swizzled, but for the last two):
+
+    keys (2, 64, D)   solution (2, 64, E)   key_ring (2, M, D)   grad_ring (2, M, E)
+    pieces: T twice, in tiles of 64 x 64   staging: O twice, a tile of 64 x 64 a group   norms (2, 64)
+
+Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, and
+``q`` what the groups give to the adder, first their O, last their rows of ``toward``:
+
+    own         bytes       once                                   both groups
+    key_full    bytes       n // 2 at n % 2                        both groups
+    grad_full   bytes       n // 2 at n % 2                        both groups
+    empty       2 groups    n // 2 at n % 2, tile n was used       both loaders, before tile n + 2
+    t_full      2 groups    u, T is in pieces                      both groups, before their O
+    o_full      1 group     q // 2 at q % 2 and the group          the adder
+    o_empty     the adder   q // 2 at q % 2 and the group          the group, before q + 2
+    meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 rows read
+
+Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has finished with u.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..numerics import KEY_EPS
+from .finish import finish_kernel
+from .hopper_tiles import (
+    accumulator,
+    anew,
+    exp2,
+    fence_proxy,
+    halves,
+    look_at,
+    operand,
+    power_of_two,
+    range_exponent,
+    reduce_add,
+    stores_done,
+    tile_descriptor,
+    wait_for,
+)
+
+if TYPE_CHECKING:
+    from .plan import Call, Control, Prepared
+
+STAGES = gl.constexpr(2)
+CHUNK = gl.constexpr(64)
+
+
+@gluon.jit
+def _hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
+    """Give the adder a tile of 64 x 64, in the order of the registers: 16 bytes of a thread together."""
+    x = gl.permute(gl.reshape(x, (4, 2, 8, 8, 4, 2)), (3, 0, 2, 4, 1, 5))
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    x = gl.convert_layout(gl.reshape(x, (16, 256)), layout)
+    at = push % 2 * 2 + W
+    mbarrier.wait(o_empty.index(at), (push // 2 & 1) ^ 1)
+    staging.index(at).store(x)
+    fence_async_shared()
+    mbarrier.arrive(o_full.index(at))
+
+
+@gluon.jit
+def _similarity(own, ring, full, tile, pred):
+    """Start ``own . tile^T`` once the tile is there; with ``pred`` false it is on whatever is there."""
+    stage = tile % STAGES
+    mbarrier.wait(full.index(stage), (tile // STAGES) & 1, pred=pred)
+    M: gl.constexpr = ring.shape[1]
+    zero = gl.zeros([64, M], gl.float32, accumulator(M))
+    columns = ring.index(stage).permute((1, 0))
+    return warpgroup_mma(own, columns, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _pairs(
+    s, acc, toward, total, tile, use, more, edge,
+    keys, solution, key_ring, grad_ring, pieces, staging,
+    key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+    W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
+):  # fmt: skip
+    """One tile of columns; its ``S`` is under way, and so is the next one's on return.
+
+    ``EDGE``: only pairs of a row ``j`` and a column ``i`` with ``i + edge > j`` count.
+    """
+    M: gl.constexpr = key_ring.shape[1]
+    D: gl.constexpr = key_ring.shape[2]
+    stage = tile % STAGES
+    zero = anew()
+    s = warpgroup_mma_wait(0, deps=[s])
+    g = _similarity(solution.index(W + zero), grad_ring, grad_full, tile, True)
+    p = exp2(s * c2 + shift).to(gl.float16)
+    if ADJOINT:
+        E: gl.constexpr = grad_ring.shape[2]
+        acc = warpgroup_mma(operand(p, E), grad_ring.index(stage), acc, is_async=True)
+        g = warpgroup_mma_wait(1, deps=[g])
+    else:
+        g = warpgroup_mma_wait(0, deps=[g])
+    t = g * p.to(gl.float32)
+    if EDGE:
+        row = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(M)))
+        column = gl.arange(0, M, layout=gl.SliceLayout(0, accumulator(M)))
+        t = gl.where((column + edge)[None, :] > row[:, None], t, 0.0)
+    if SUM:
+        total += gl.sum(t, axis=1)
+    t = t.to(gl.float16)
+    toward = warpgroup_mma(operand(t, D), key_ring.index(stage), toward, is_async=True)
+
+    # The group's part of T for the other half, while the products above run.
+    if M == 64:
+        at = (use % 2) * 2
+        pieces.index(at + W).store(t)
+        left = at
+        step: gl.constexpr = 1
+    else:
+        at = (use % 2) * 4
+        t1, t2 = halves(t)
+        pieces.index(at + 2 * W).store(t1)
+        pieces.index(at + 2 * W + 1).store(t2)
+        left = at + W
+        step: gl.constexpr = 2
+    fence_async_shared()
+    mbarrier.arrive(t_full)
+    if ADJOINT:
+        acc = warpgroup_mma_wait(1, deps=[acc])
+    mbarrier.wait(t_full, use & 1)
+    o = gl.zeros([64, 64], gl.float32, accumulator(64))
+    if M == 64:
+        k1 = keys.index(zero).slice(CHUNK * W, CHUNK, dim=1)
+        k2 = keys.index(zero + 1).slice(CHUNK * W, CHUNK, dim=1)
+    else:
+        k1 = keys.index(zero)
+        k2 = keys.index(zero + 1)
+    o = warpgroup_mma(pieces.index(left).permute((1, 0)), k1, o, use_acc=False, is_async=True)
+    o = warpgroup_mma(pieces.index(left + step).permute((1, 0)), k2, o, is_async=True)
+    s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
+    o, toward = warpgroup_mma_wait(1, deps=[o, toward])
+    mbarrier.arrive(empty.index(stage))
+    _hand_over(o * unscale, staging, o_full, o_empty, use, W)
+    return s, acc, toward, total
+
+
+@gluon.jit
+def _inverse(T, quadrant, E: gl.constexpr):
+    """A quadrant of the prepared inverse, transposed, as a left operand."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, accumulator(E), 2)
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    return gl.load(T + quadrant * 4096 + column[None, :] * 64 + row[:, None])
+
+
+@gluon.jit
+def _group(everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr):
+    """Rows ``64 W`` to ``64 W + 63`` of the block: the sweep, dV, and what follows it."""
+    (
+        keys, solution, key_ring, grad_ring, pieces, staging, norms,
+        own, key_full, grad_full, empty, t_full, o_full, o_empty, meet,
+        T, Live, Grad, grad_n, Solution, solution_n, Gh, GradValue, out_n, StrengthSum, Strength,
+        Done, LargestGrad, LargestSolution, Bad,
+        slot, sequence, need, late, first_row, count, headroom, c2, shift,
+    ) = everything  # fmt: skip
+    M: gl.constexpr = key_ring.shape[1]
+    D: gl.constexpr = key_ring.shape[2]
+    E: gl.constexpr = grad_ring.shape[2]
+    PARTS: gl.constexpr = 128 // M
+    SUM: gl.constexpr = Strength is not None
+
+    # The block's own Y, in range for T: one power of two for the block, so both groups' rows count.
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, plain))
+    column = gl.arange(0, E, layout=gl.SliceLayout(0, plain))
+    pointers = Solution + (first_row + row).to(gl.int64)[:, None] * solution_n + column[None, :]
+    mask = (row < count)[:, None] & (column < WIDTH)[None, :]
+    y = gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
+    y = y * power_of_two(range_exponent(gl.load(LargestSolution + sequence), 0))
+    y = gl.where(live[:, None] & (gl.abs(y) < float("inf")), y, 0.0)
+    norms.index(W).store(gl.sum(y * y, axis=1))
+    mbarrier.arrive(meet)
+    mbarrier.wait(meet, 0)
+    flat: gl.constexpr = gl.SliceLayout(1, plain)
+    largest = gl.max(gl.maximum(norms.index(0).load(flat), norms.index(1).load(flat)), axis=0)
+    half = ((largest.to(gl.int32, bitcast=True) >> 23) - 125) >> 1
+    WIDE: gl.constexpr = 3 if E <= 64 else 4
+    t_exponent = -gl.maximum(half, -20) - WIDE - SHIFT
+    solution.index(W).store((y * power_of_two(t_exponent)).to(gl.float16))
+    fence_async_shared()
+    unscale = power_of_two(-t_exponent - SHIFT)
+
+    acc = gl.zeros([64, E], gl.float32, accumulator(E))
+    toward = gl.zeros([64, D], gl.float32, accumulator(D))
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, accumulator(M)))
+    mbarrier.wait(own, 0)
+    T += slot.to(gl.int64) * (3 * 4096)
+    sweep = (need - late) * PARTS
+    gl.thread_barrier()  # here, not in the sweep
+    if sweep > 0:
+        s = _similarity(keys.index(W + anew()), key_ring, key_full, 0, True)
+        for tile in range(sweep):
+            s, acc, toward, total = _pairs(
+                s, acc, toward, total, tile, tile, tile + 1 < sweep, 0,
+                keys, solution, key_ring, grad_ring, pieces, staging,
+                key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+                W, True, False, SUM,
+            )  # fmt: skip
+        warpgroup_mma_wait(0, deps=[s])
+    # What the block's end needs but does not have to wait for.
+    strength = 1.0
+    if Strength is not None:
+        strength = gl.load(Strength).to(gl.float32)
+    exponent = range_exponent(gl.load(LargestGrad + sequence), headroom)
+    # The pieces of T are free for the block's rows once both groups are here.
+    mbarrier.arrive(meet)
+    if late > 0:
+        # The next block: everything is ready when its dV comes.
+        stage = sweep % STAGES
+        other = (sweep + 1) % STAGES
+        s = _similarity(keys.index(W + anew()), key_ring, key_full, sweep, True)
+        if PARTS == 2:
+            s2 = _similarity(keys.index(W + anew()), key_ring, key_full, sweep + 1, True)
+            s = warpgroup_mma_wait(1, deps=[s])
+        else:
+            s = warpgroup_mma_wait(0, deps=[s])
+        p = operand(exp2(s * c2 + shift), E)
+        if PARTS == 2:
+            s2 = warpgroup_mma_wait(0, deps=[s2])
+            p2 = operand(exp2(s2 * c2 + shift), E)
+        left = _inverse(T, 1 + W, E)
+        mbarrier.wait(grad_full.index(stage), (sweep // STAGES) & 1)
+        acc = warpgroup_mma(p, grad_ring.index(stage), acc, is_async=True)
+        if PARTS == 2:
+            mbarrier.wait(grad_full.index(other), ((sweep + 1) // STAGES) & 1)
+            acc = warpgroup_mma(p2, grad_ring.index(other), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage))
+        if PARTS == 2:
+            mbarrier.arrive(empty.index(other))
+    else:
+        left = _inverse(T, 1 + W, E)
+
+    row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(E)))
+    column = gl.arange(0, E, layout=gl.SliceLayout(0, accumulator(E)))
+    place = (first_row + row).to(gl.int64)[:, None]
+    inside = (row < count)[:, None] & (column < WIDTH)[None, :]
+    live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
+    r = gl.load(Grad + place * grad_n + column[None, :], mask=inside, other=0.0).to(gl.float32)
+    r *= power_of_two(exponent)
+    r = gl.where(gl.abs(r) < float("inf"), r, 0.0)
+    r -= acc * (strength * power_of_two(0 * exponent - SHIFT))
+    r = gl.where(live[:, None], r, 0.0)
+    rows = pieces._reinterpret(gl.float16, [2, 64, E], pieces.layout)
+    mbarrier.wait(meet, 1)
+    rows.index(W).store(r.to(gl.float16))
+    if W == 0:
+        first = _inverse(T, 0, E)
+    fence_async_shared()
+    mbarrier.arrive(meet)
+    mbarrier.wait(meet, 0)
+    r = warpgroup_mma(left, rows.index(1), r, is_async=True)
+    if W == 0:
+        r = warpgroup_mma(first, rows.index(0), r, is_async=True)
+    r = warpgroup_mma_wait(0, deps=[r])
+    mbarrier.arrive(meet)
+    pointers = Gh + (slot.to(gl.int64) * 128 + row)[:, None] * E + column[None, :]
+    gl.store(pointers, r.to(gl.float16))
+    fence_proxy(count)
+    gl.thread_barrier()
+    gl.atomic_add(Done + sequence, 1, sem="release")
+
+    spoiled = gl.load(Bad + sequence) > 0
+    final = gl.where(spoiled & live[:, None], float("nan"), r * power_of_two(-exponent))
+    pointers = GradValue + place * out_n + column[None, :]
+    gl.store(pointers, final.to(GradValue.dtype.element_ty), mask=inside)
+
+    # The key gradient's terms of the next block, then of the block itself.
+    mbarrier.wait(meet, 1)
+    gl.thread_barrier()
+    tile = need * PARTS
+    tiles = (late + 1) * PARTS
+    zero = anew()
+    s = _similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
+    for step in range(tiles):
+        inner = step - (tiles - PARTS)
+        edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
+        s, acc, toward, total = _pairs(
+            s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
+            keys, solution, key_ring, grad_ring, pieces, staging,
+            key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+            W, False, True, SUM,
+        )  # fmt: skip
+    warpgroup_mma_wait(0, deps=[s])
+    toward = toward * unscale
+    if D == 64:
+        _hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
+    else:
+        first, second = halves(toward)
+        _hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
+        _hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
+    if Strength is not None:
+        pairs = gl.sum(total, axis=0) * unscale * power_of_two(-exponent)
+        pairs *= power_of_two(-range_exponent(gl.load(LargestSolution + sequence), 0))
+        gl.store(StrengthSum + slot * 2 + W, gl.where(spoiled, float("nan"), -pairs))
+
+
+@gluon.jit
+def _prefetch(rows, stride, count, WIDTH: gl.constexpr):
+    """Bring a block's rows into the second-level cache; one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row = gl.minimum(gl.arange(0, 128, layout=layout), count - 1).to(gl.int64)
+    for column in gl.static_range(0, WIDTH, 64):
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(rows + row * stride + column).to(gl.int64, bitcast=True)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
+def _load_keys(
+    KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late,
+    Grad, grad_n, count, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Own keys, then the column tiles' keys in the order of the sweep; dY on its way near the end."""
+    M: gl.constexpr = key_ring.shape[1]
+    PARTS: gl.constexpr = 128 // M
+    mbarrier.expect(own, 2 * KeyRows.block_type.nbytes)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(KeyRows, [slot * 128 + 64 * half, 0], own, keys.index(half))
+    for tile in range((need + late + 1) * PARTS):
+        if tile == gl.maximum(need - 2, 0) * PARTS:
+            _prefetch(Grad, grad_n, count, WIDTH)
+        step = tile // PARTS
+        step = gl.where(step < need, step, step - late)
+        stage = tile % STAGES
+        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
+        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
+        tma.async_copy_global_to_shared(
+            KeyTiles, [at, 0], key_full.index(stage), key_ring.index(stage)
+        )
+
+
+@gluon.jit
+def _load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
+    """DV of the column tiles, each once both halves of its block are announced."""
+    M: gl.constexpr = grad_ring.shape[1]
+    PARTS: gl.constexpr = 128 // M
+    ready = 0
+    for tile in range((need + late + 1) * PARTS):
+        step = tile // PARTS
+        step = gl.where(step < need, step, step - late)
+        stage = tile % STAGES
+        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        if ready < 2 * (step + 1):
+            ready = wait_for(Done, 2 * (step + 1))
+        mbarrier.expect(grad_full.index(stage), GradTiles.block_type.nbytes)
+        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
+        tma.async_copy_global_to_shared(
+            GradTiles, [at, 0], grad_full.index(stage), grad_ring.index(stage)
+        )
+
+
+@gluon.jit
+def _give(Toward, row, step, staging, o_full, o_empty, push, add, turn):
+    """Add, or store, the two groups' tiles of a push; done when they are in global memory.
+
+    Looks at ``turn`` while that takes its time.
+    """
+    at = push % 2 * 2
+    for w in gl.static_range(2):
+        mbarrier.wait(o_full.index(at + w), push // 2 & 1)
+        if add:
+            reduce_add(Toward, [row + w * step, 0], staging.index(at + w))
+        else:
+            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at + w))
+    seen = look_at(turn)
+    tma.store_wait(1)
+    mbarrier.arrive(o_empty.index(at))
+    tma.store_wait(0)
+    mbarrier.arrive(o_empty.index(at + 1))
+    stores_done(push)
+    gl.thread_barrier()
+    return seen
+
+
+@gluon.jit
+def _add_up(Toward, staging, o_full, o_empty, Turn, slot, need, M: gl.constexpr, D: gl.constexpr):
+    """What this block gives to the later ones, each in its turn; then its own ``Toward``."""
+    PARTS: gl.constexpr = 128 // M
+    SIDES: gl.constexpr = D // 64
+    # Counters of the blocks' parts in the order of the sweep, backwards; own ones last.
+    Turn += slot * PARTS
+    tiles = (need + 1) * PARTS
+    seen = 0
+    for push in range(tiles):
+        part = tiles - 1 - push
+        ahead = part // PARTS
+        if seen < ahead:
+            wait_for(Turn + part, ahead)
+        # The groups' tiles are side by side (PARTS 2) or one below the other.
+        row = (slot * PARTS + part) * (M * D // 256)
+        turn = Turn + gl.maximum(part - 1, 0)
+        seen = _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0, turn)
+        if ahead > 0:
+            gl.atomic_xchg(Turn + part, ahead + 1, sem="release")
+    for side in gl.static_range(SIDES):
+        row = (slot * 2 * SIDES + side) * 16
+        _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
+    for part in gl.static_range(PARTS):
+        gl.atomic_xchg(Turn + part, 1, sem="release")
+
+
+@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom", "hurry"])
+def hopper_adjoint_kernel(
+    KeyRows, KeyTiles, GradTiles, Toward, T, Live,
+    Grad, grad_b, grad_h, grad_n, Solution, solution_b, solution_h, solution_n,
+    Gh, GradValue, out_b, out_h, out_n, StrengthSum, Strength, Blocks,
+    Done, LargestGrad, LargestSolution, Bad, Turn, Ticket,
+    heads, chains, blocks, length, headroom, c2, shift, hurry,
+    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
+    SHIFT: gl.constexpr,
+):  # fmt: skip
+    """Grid: ``chains * blocks`` programs."""
+    ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
+    chain = ticket % chains
+    block = blocks - 1 - ticket // chains
+    batch = (chain // heads).to(gl.int64)
+    head = (chain % heads).to(gl.int64)
+    first = 0
+    end = blocks
+    first_row = block * 128
+    count = gl.minimum(length - first_row, 128)
+    if PACKED:
+        first_row = gl.load(Blocks + block)
+        count = gl.load(Blocks + blocks + block)
+        first = gl.load(Blocks + 2 * blocks + block)
+        end = gl.load(Blocks + 3 * blocks + block)
+    slot = chain * blocks + block
+    sequence = chain * blocks + first
+    need = end - 1 - block
+    late = gl.minimum(need, hurry)
+    Grad += batch * grad_b + head * grad_h
+    Solution += batch * solution_b + head * solution_h
+    GradValue += batch * out_b + head * out_h
+    if Strength is not None:
+        Strength += head
+
+    swizzled: gl.constexpr = KeyRows.layout
+    keys = gl.allocate_shared_memory(gl.float16, [2, 64, D], swizzled)
+    solution = gl.allocate_shared_memory(gl.float16, [2, 64, E], swizzled)
+    key_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], swizzled)
+    grad_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, E], swizzled)
+    pieces = gl.allocate_shared_memory(gl.float16, [4 * (M // 64), 64, 64], swizzled)
+    staging = gl.allocate_shared_memory(gl.float32, [4, 16, 256], Toward.layout)
+    norms = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    single: gl.constexpr = mbarrier.MBarrierLayout()
+    own = gl.allocate_shared_memory(gl.int64, [1], single)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
+    grad_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
+    t_full = gl.allocate_shared_memory(gl.int64, [1], single)
+    o_full = gl.allocate_shared_memory(gl.int64, [4, 1], single)
+    o_empty = gl.allocate_shared_memory(gl.int64, [4, 1], single)
+    meet = gl.allocate_shared_memory(gl.int64, [1], single)
+    mbarrier.init(own, count=1)
+    mbarrier.init(t_full, count=2)
+    mbarrier.init(meet, count=2)
+    for index in gl.static_range(2):
+        mbarrier.init(key_full.index(index), count=1)
+        mbarrier.init(grad_full.index(index), count=1)
+        mbarrier.init(empty.index(index), count=2)
+    for index in gl.static_range(4):
+        mbarrier.init(o_full.index(index), count=1)
+        mbarrier.init(o_empty.index(index), count=1)
+    fence_async_shared()
+
+    if count > 0:
+        counter = Done + sequence
+        last = slot + need  # of the sequence, among all chains' blocks
+        right = Grad + first_row.to(gl.int64) * grad_n
+        group = (
+            keys, solution, key_ring, grad_ring, pieces, staging, norms,
+            own, key_full, grad_full, empty, t_full, o_full, o_empty, meet,
+            T, Live, Grad, grad_n, Solution, solution_n, Gh, GradValue, out_n, StrengthSum, Strength,
+            Done, LargestGrad, LargestSolution, Bad,
+            slot, sequence, need, late, first_row, count, headroom, c2, shift,
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_group, (group, gl.constexpr(0), WIDTH, SHIFT)),
+                (_group, (group, gl.constexpr(1), WIDTH, SHIFT)),
+                (_load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n, count, WIDTH)),
+                (_load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
+                (_add_up, (Toward, staging, o_full, o_empty, Turn, slot, need, M, D)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )  # fmt: skip
+
+
+def hopper_adjoint(
+    call: Call,
+    prepared: Prepared,
+    grad: Tensor,
+    solution: Tensor,
+    grad_value: Tensor,
+    key: Tensor,
+    grad_key: Tensor,
+    strength: Tensor | None,
+    mask: Tensor | None,
+    control: Control,
+    power: int,
+    hurry: bool = True,
+) -> Tensor:
+    """Write the gradients of values and keys; return ``-sum T`` of every block.
+
+    ``power`` is the backward pass's SHIFT. ``hurry``: dV first, then the next block's share of the key
+    gradient, at the price of a product; it pays while blocks wait for each other. Memory, in units
+    of the values': Gh 1 and Toward 2.
+    """
+    geometry = call.geometry
+    D, E = call.key_width, call.solution_width
+    done, largest_grad, largest_solution, bad = control.parts[:4]
+    columns = 64 if D == 128 else 128
+    gh = geometry.workspace(grad, torch.float16, E)
+    toward = grad.new_empty((geometry.slots * D // 2, 256), dtype=torch.float32)
+    turn = torch.zeros(2 * geometry.slots, dtype=torch.int32, device=grad.device)
+    strength_sum = torch.zeros((geometry.slots, 2), dtype=torch.float32, device=grad.device)
+    assert prepared.inverse is not None
+    hopper_adjoint_kernel[(geometry.slots,)](
+        tile_descriptor(prepared.keys, 64), tile_descriptor(prepared.keys, columns), tile_descriptor(gh, columns),
+        tile_descriptor(toward, 16), prepared.inverse, prepared.live,
+        grad, *geometry.strides(grad), solution, *geometry.strides(solution),
+        gh, grad_value, *geometry.strides(grad_value), strength_sum, strength, geometry.table,
+        done, largest_grad, largest_solution, bad, turn, control.ticket,
+        geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
+        call.c2, call.shift(power), int(hurry),
+        D=D, E=E, M=columns, WIDTH=call.value_width, PACKED=geometry.packed, SHIFT=power,
+        num_warps=4,
+    )  # fmt: skip
+    finish_kernel[(2 * geometry.slots,)](
+        toward, key, *geometry.strides(key), grad_key, *geometry.strides(grad_key),
+        mask, strength, geometry.table, largest_grad, largest_solution, bad,
+        geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
+        call.width, call.kernel_scale, KEY_EPS, D=D, PACKED=geometry.packed, num_warps=8,
+    )  # fmt: skip
+    return strength_sum.sum(1)

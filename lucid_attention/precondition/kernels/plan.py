@@ -1,0 +1,204 @@
+"""What shapes and dtypes decide: tiles, chains, workspaces, the arguments that kernels share.
+
+Workspaces of a call, for C chains of B blocks of R rows, in the operands' dtype (float16 for
+half-precision inputs, else float32):
+
+    Kh  (C B R, D1 + D2)   Yh, Gh  (C B R, E1 + E2)   T  (C B, 3, R/2, R/2)
+
+and ``Control``, int32 zeros: ticket, finished blocks, ranges, first bad rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..validation import check_offsets
+from .tiles import LANE
+
+LOG2E = math.log2(math.e)
+# P carries 2^SHIFT in half precision: 2^15 is all that float16 has above 1; T = (dV . y) P needs
+# the room below as well.
+SHIFT_FORWARD = 15
+SHIFT_BACKWARD = 7
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in its interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """A head size as two tile widths, powers of two of at least 16; the second may be 0."""
+    first = max(LANE, 1 << (width.bit_length() - 1))
+    if width <= first:
+        return first, 0
+    second = max(LANE, 1 << (width - first - 1).bit_length())
+    return (2 * first, 0) if second == first else (first, second)
+
+
+class Tiles(NamedTuple):
+    """One kernel's tile and its compiler options."""
+
+    columns: int
+    stages: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the shapes and dtypes of a call decide."""
+
+    dtype: torch.dtype
+    block: int
+    solve: Tiles
+    adjoint: Tiles
+    toward: Tiles
+    precision: str
+
+    @property
+    def centred(self) -> bool:
+        return self.dtype == torch.float32
+
+
+def plan_for(dtype: torch.dtype, width: int, value_width: int) -> Plan:
+    """Hand-picked tiles; a function of dtype and head sizes alone, so lengths never recompile."""
+    widest = max(sum(pieces(width)), sum(pieces(value_width)))
+    if dtype == torch.float32:
+        if widest <= 128:
+            tiles = Tiles(32, 2, 4)
+            return Plan(torch.float32, 64, tiles, Tiles(16, 1, 4), Tiles(16, 1, 4), "tf32x3")
+        tiles = Tiles(16, 1, 4)
+        return Plan(torch.float32, 32, tiles, tiles, tiles, "tf32x3")
+    if widest <= 64:
+        solve, adjoint, toward = Tiles(64, 3, 4), Tiles(128, 2, 8), Tiles(64, 3, 4)
+        return Plan(torch.float16, 128, solve, adjoint, toward, "tf32")
+    if widest <= 128:
+        solve, adjoint, toward = Tiles(64, 3, 8), Tiles(64, 2, 8), Tiles(128, 2, 8)
+        return Plan(torch.float16, 128, solve, adjoint, toward, "tf32")
+    return Plan(torch.float16, 64, Tiles(64, 2, 4), Tiles(32, 2, 4), Tiles(32, 2, 4), "tf32")
+
+
+class Geometry:
+    """The chains of a call: dense ``(batch, heads, seq, ..)`` or packed ``(total, heads, ..)``."""
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        block: int,
+        offsets: Tensor | None = None,
+        longest: int = 0,
+    ) -> None:
+        self.block = block
+        self.packed = offsets is not None
+        if offsets is None:
+            batch, self.heads, self.length, _ = tensor.shape
+            self.chains = batch * self.heads
+            self.blocks = triton.cdiv(self.length, block)
+            self.longest = self.length
+            self.table: Tensor | None = None
+        else:
+            self.length, self.heads, _ = tensor.shape
+            self.chains = self.heads
+            sequences = offsets.shape[0] - 1
+            self.blocks = self.length // block + min(sequences, self.length)
+            self.longest = min(longest, self.length)
+            self.table = _block_table(offsets, self.length, block, self.blocks)
+
+    @property
+    def slots(self) -> int:
+        return self.chains * self.blocks
+
+    @property
+    def headroom(self) -> int:
+        """``|y| <= 2 sqrt(N) max|v|`` for every entry: that many powers of two are kept free."""
+        return math.ceil(math.log2(2.0 * math.sqrt(max(1, self.longest))))
+
+    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Strides of (batch, head, row)."""
+        if self.packed:
+            return 0, tensor.stride(1), tensor.stride(0)
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+    def workspace(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+        return like.new_empty((self.slots * self.block, *shape), dtype=dtype)
+
+
+def _block_table(offsets: Tensor, total: int, block: int, blocks: int) -> Tensor:
+    """Per block: first row, number of rows, first and one past the last block of its sequence."""
+    # Wrong offsets that were not read give wrong results, but no index out of range.
+    offsets = offsets.clamp(0, total)
+    starts, ends = offsets[:-1], offsets[1:]
+    counts = (ends - starts).clamp(min=0)
+    after = ((counts + (block - 1)) // block).cumsum(0)
+    index = torch.arange(blocks, device=offsets.device)
+    sequence = torch.searchsorted(after, index, right=True)
+    used = sequence < after.shape[0]
+    sequence = sequence.clamp(max=max(0, after.shape[0] - 1))
+    last = after[sequence]
+    first = torch.where(sequence > 0, after[sequence - 1], 0)
+    local = (index - first) * block
+    rows = (counts[sequence] - local).clamp(0, block)
+    rows = torch.where(used, rows, 0)
+    return torch.stack((starts[sequence] + local, rows, first, last.clamp(max=blocks))).to(
+        torch.int32
+    )
+
+
+def longest_sequence(offsets: Tensor, packed: Tensor, longest: int | None) -> int:
+    """The longest sequence; the offsets are read, and then checked, only if it is not given."""
+    if longest is not None and offsets.device.type != "cpu":
+        return longest
+    host = offsets.tolist()
+    check_offsets(host, packed.shape[0], longest)
+    return max((stop - start for start, stop in pairwise(host)), default=0)
+
+
+class Control:
+    """The int32 zeros that a launch starts from, as views of one buffer."""
+
+    def __init__(self, like: Tensor, *slots: int) -> None:
+        pad = 32
+        buffer = torch.zeros(pad + sum(slots), dtype=torch.int32, device=like.device)
+        self.ticket = buffer
+        self.parts = list(torch.split(buffer[pad:], list(slots)))
+
+
+class Call:
+    """The arguments that a call's kernels share."""
+
+    def __init__(
+        self, geometry: Geometry, plan: Plan, key: Tensor, value: Tensor, kernel_scale: float
+    ) -> None:
+        self.geometry, self.plan = geometry, plan
+        self.width, self.value_width = key.shape[-1], value.shape[-1]
+        self.kernel_scale = kernel_scale
+        self.c2 = kernel_scale * LOG2E
+        self.pieces = dict(zip(("D1", "D2"), pieces(self.width), strict=True))
+        self.value_pieces = dict(zip(("E1", "E2"), pieces(self.value_width), strict=True))
+        self.exact = {"CENTRED": plan.centred, "PRECISION": plan.precision}
+
+    def shift(self, power: int) -> float:
+        return power - self.c2 * self.width
+
+    @property
+    def key_width(self) -> int:
+        return sum(self.pieces.values())
+
+    @property
+    def solution_width(self) -> int:
+        return sum(self.value_pieces.values())
+
+
+class Prepared(NamedTuple):
+    keys: Tensor
+    weights: Tensor | None
+    live: Tensor
+    inverse: Tensor | None
+    reference: Tensor | None
