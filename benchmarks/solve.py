@@ -220,8 +220,8 @@ def conditions(device: str) -> dict[str, str | int | float]:
         platform.processor(),
     )
     return {
-        # $COMMIT: where the benchmark runs on a copy of the tree without its history
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+        # $COMMIT goes first: a copy of the tree may carry an older history than its own
+        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
         "device": cpu if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_tiles import (
     as_long,
     fence_proxy,
+    multiprocessors,
     narrow,
     power_of_two,
     range_exponent,
@@ -384,9 +384,8 @@ def hopper_solve(
     D, E = call.pieces["D1"], call.value_pieces["E1"]
     fixed = 128 * D * 2 + 3 * 64 * 64 * 2 + 128 * E * 2
     stages = min(4, (_SHARED - fixed) // (COLUMNS * (D + E) * 2))
-    programs = torch.cuda.get_device_properties(value.device).multi_processor_count
     keys = prepared.keys
-    hopper_solve_kernel[(min(programs, geometry.slots),)](
+    hopper_solve_kernel[(min(multiprocessors(value.device), geometry.slots),)](
         tile_descriptor(keys, 64), tile_descriptor(keys, COLUMNS), tile_descriptor(solved, COLUMNS),
         tile_descriptor(prepared.inverse.view(-1, 64), 64),
         value, *geometry.strides(value), solved, out, *geometry.strides(out),

@@ -6,6 +6,9 @@ memory through a proxy of its own, so ordinary accesses and its are ordered by f
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -173,8 +176,18 @@ def narrow(x, sums: gl.constexpr, E: gl.constexpr):
     return gl.convert_layout(_keep(gl.convert_layout(x, middle)), sums)
 
 
+@functools.cache
+def _shared_layout(bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, 2)
+
+
 def tile_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """A workspace as tiles that TMA copies: halves of 128 bytes swizzled, or float32 as it is."""
-    bits = 8 * tensor.element_size()
-    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, 2)
+    layout = _shared_layout(8 * tensor.element_size())
     return TensorDescriptor.from_tensor(tensor, [rows, tensor.shape[1]], layout)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

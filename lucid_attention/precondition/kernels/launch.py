@@ -83,7 +83,7 @@ def _prepare(
         call.key_width, call.c2, call.shift(0),
         R=plan.block, **call.pieces, **call.exact, num_warps=4,
         # Four programs to a multiprocessor: a quarter faster at 64, and slower where rows are wider.
-        maxnreg=128 if call.key_width <= 64 else None,
+        maxnreg=128 if call.key_width == 64 else None,
     )  # fmt: skip
     return Prepared(keys, weights, live, inverse, reference)
 

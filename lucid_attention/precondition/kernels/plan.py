@@ -77,8 +77,7 @@ def plan_for(dtype: torch.dtype, width: int, value_width: int) -> Plan:
         tiles = Tiles(16, 1, 4)
         return Plan(torch.float32, 32, tiles, tiles, tiles, "tf32x3")
     if widest <= 64:
-        solve, adjoint, toward = Tiles(64, 3, 4), Tiles(128, 2, 8), Tiles(64, 3, 4)
-        return Plan(torch.float16, 128, solve, adjoint, toward, "tf32")
+        return Plan(torch.float16, 128, Tiles(64, 3, 8), Tiles(64, 2, 8), Tiles(64, 3, 8), "tf32")
     if widest <= 128:
         solve, adjoint, toward = Tiles(64, 3, 8), Tiles(64, 2, 8), Tiles(128, 2, 8)
         return Plan(torch.float16, 128, solve, adjoint, toward, "tf32")
