@@ -57,7 +57,8 @@ def precondition(
             be wider than value's dtype (keep it in float32 where that matters); its rows that are
             all 0 count as padding, whatever their keys hold.
         impl: ``"auto"`` takes the GPU kernels where they run (CUDA, compute capability 8.0, Triton
-            3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere.
+            3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere, and for
+            a chunk of less than 128 tokens after a past.
             ``"triton"``: the kernels; ``"blocked"``: torch only, any device; ``"reference"``: the
             dense definition, quadratic memory. A named choice never falls back.
 

@@ -23,7 +23,7 @@ compares every gradient with float64 on the card, so no pair is listed.
 """
 
 
-def choose(impl: str, key: Tensor, value: Tensor) -> ModuleType:
+def choose(impl: str, key: Tensor, value: Tensor, past_key: Tensor | None = None) -> ModuleType:
     """The module whose ``solve_*`` and ``adjoint_*`` serve this call.
 
     ``auto`` takes the GPU kernels wherever they run and ``blocked`` elsewhere; ``triton`` raises a
@@ -31,7 +31,8 @@ def choose(impl: str, key: Tensor, value: Tensor) -> ModuleType:
     """
     if impl != "blocked":
         reason = why_no_kernels(key, value, interpreter=impl == "triton")
-        if reason is None and not (impl == "auto" and _unverified(key, value)):
+        left = impl == "auto" and (_unverified(key, value) or _short_chunk(key, past_key))
+        if reason is None and not left:
             from .kernels import launch
 
             return launch
@@ -69,6 +70,15 @@ def _unverified(key: Tensor, value: Tensor) -> bool:
     replaced since. Until these sizes have been run again on a card, only ``impl="triton"`` takes them.
     """
     return key.dtype != torch.float32 and max(key.shape[-1], value.shape[-1]) <= 48
+
+
+def _short_chunk(key: Tensor, past_key: Tensor | None) -> bool:
+    """Whether this is a decoding step: less than a block of rows after a past.
+
+    The kernels give a block of rows to one program, which would read the whole past alone; torch's
+    products spread it over the card.
+    """
+    return past_key is not None and key.shape[2] < 128
 
 
 @functools.cache

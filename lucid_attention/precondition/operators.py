@@ -34,7 +34,7 @@ def precondition(
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
-        solved: Tensor = choose(impl, key, value).solve_dense(
+        solved: Tensor = choose(impl, key, value, past_key).solve_dense(
             key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale
         )
         return solved
@@ -68,7 +68,7 @@ def precondition_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of key, value, strength and the past; empty where there is none."""
     with no_autocast(key):
-        grads = choose(impl, key, solution).adjoint_dense(
+        grads = choose(impl, key, solution, past_key).adjoint_dense(
             grad, key, solution, strength, key_mask, past_key, past_preconditioned, kernel_scale
         )
         return (
