@@ -66,8 +66,9 @@ def why_no_kernels(key: Tensor, value: Tensor, *, interpreter: bool = False) -> 
 def _unverified(key: Tensor, value: Tensor) -> bool:
     """Whether both head sizes are below 49 in half precision: not for ``auto`` yet.
 
-    On an H200, head sizes 17 and 40 ended in an illegal memory access with tiles that have been
-    replaced since. Until these sizes have been run again on a card, only ``impl="triton"`` takes them.
+    On an H200, head sizes 17 and 40 ended in an illegal memory access: a build that Triton's assembler
+    spoiled (`kernels/plan.pieces` avoids it since). Until these sizes have been run again on a card,
+    only ``impl="triton"`` takes them.
     """
     return key.dtype != torch.float32 and max(key.shape[-1], value.shape[-1]) <= 48
 

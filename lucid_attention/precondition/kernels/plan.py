@@ -35,10 +35,17 @@ def interpreted() -> bool:
 
 
 def pieces(width: int) -> tuple[int, int]:
-    """A head size as two tile widths, powers of two of at least 16; the second may be 0."""
+    """A head size as two tile widths, powers of two of at least 16; the second may be 0.
+
+    Up to 64 there is one piece: a second one of 16 would save little, and the assembler that comes
+    with Triton 3.6 spoiled the operand descriptors of some 32 + 16 builds on Hopper (a solve of head
+    sizes 17 and 40 ended in an illegal memory access).
+    """
     first = max(LANE, 1 << (width.bit_length() - 1))
     if width <= first:
         return first, 0
+    if width <= 64:
+        return 2 * first, 0
     second = max(LANE, 1 << (width - first - 1).bit_length())
     return (2 * first, 0) if second == first else (first, second)
 
