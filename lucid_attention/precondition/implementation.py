@@ -64,13 +64,14 @@ def why_no_kernels(key: Tensor, value: Tensor, *, interpreter: bool = False) -> 
 
 
 def _unverified(key: Tensor, value: Tensor) -> bool:
-    """Whether both head sizes are below 49 in half precision: not for ``auto`` yet.
+    """Whether head sizes are at most 64 and one is below 49, in half precision: not for ``auto`` yet.
 
     On an H200, head sizes 17 and 40 ended in an illegal memory access: a build that Triton's assembler
     spoiled (`kernels/plan.pieces` avoids it since). Until these sizes have been run again on a card,
     only ``impl="triton"`` takes them.
     """
-    return key.dtype != torch.float32 and max(key.shape[-1], value.shape[-1]) <= 48
+    sizes = (key.shape[-1], value.shape[-1])
+    return key.dtype != torch.float32 and max(sizes) <= 64 and min(sizes) <= 48
 
 
 def _short_chunk(key: Tensor, past_key: Tensor | None) -> bool:

@@ -40,6 +40,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Masks and strengths are read by index: an expanded or sliced one is copied."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
@@ -333,6 +338,7 @@ def solve_dense(
         return out
     with _on(key):
         key, value = _rows(key), _rows(value)
+        strength, key_mask = _dense(strength), _dense(key_mask)
         plan = _plan(key, value)
         geometry = Geometry(key, plan.block)
         call = Call(geometry, plan, key, value, kernel_scale)
@@ -415,6 +421,7 @@ def adjoint_dense(
         )
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
+        strength, key_mask = _dense(strength), _dense(key_mask)
         plan = _plan(key, solution)
         geometry = Geometry(key, plan.block)
         call = Call(geometry, plan, key, solution, kernel_scale)

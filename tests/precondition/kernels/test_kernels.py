@@ -286,6 +286,17 @@ def test_strides_and_no_strength(device: str) -> None:
     assert relative_error(got[3], exact[3]) < 1e-2
 
 
+def test_masks_and_strengths_of_any_strides(device: str) -> None:
+    leaves = operands("cos0.5", 2, 2, 70, 20, value_width=12, dtype=torch.float32, device=device)
+    wide = torch.rand(1, 140, device=device) > 0.3
+    mask = wide[:, ::2].expand(2, 70)
+    strength = torch.full((1,), 0.3, device=device).expand(2)
+    got = run(leaves, "triton", key_mask=mask, strength=strength)
+    exact = run(widened(leaves), "reference", key_mask=mask, strength=strength)
+    for g, e in zip(got, exact, strict=True):
+        assert relative_error(g, e) < 3e-6
+
+
 def test_empty(device: str) -> None:
     for shape in ((0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)):
         key = torch.randn(shape, device=device, requires_grad=True)
