@@ -31,8 +31,7 @@ def choose(impl: str, key: Tensor, value: Tensor, past_key: Tensor | None = None
     """
     if impl != "blocked":
         reason = why_no_kernels(key, value, interpreter=impl == "triton")
-        left = impl == "auto" and (_unverified(key, value) or _short_chunk(key, past_key))
-        if reason is None and not left:
+        if reason is None and not (impl == "auto" and _short_chunk(key, past_key)):
             from .kernels import launch
 
             return launch
@@ -61,17 +60,6 @@ def why_no_kernels(key: Tensor, value: Tensor, *, interpreter: bool = False) -> 
     if key.device.type != "cuda":
         return f"the kernels run on CUDA devices, got a tensor on {key.device.type!r}"
     return _why_not_device(key.device.index)
-
-
-def _unverified(key: Tensor, value: Tensor) -> bool:
-    """Whether head sizes are at most 64 and one is below 49, in half precision: not for ``auto`` yet.
-
-    On an H200, head sizes 17 and 40 ended in an illegal memory access: a build that Triton's assembler
-    spoiled (`kernels/plan.pieces` avoids it since). Until these sizes have been run again on a card,
-    only ``impl="triton"`` takes them.
-    """
-    sizes = (key.shape[-1], value.shape[-1])
-    return key.dtype != torch.float32 and max(sizes) <= 64 and min(sizes) <= 48
 
 
 def _short_chunk(key: Tensor, past_key: Tensor | None) -> bool:

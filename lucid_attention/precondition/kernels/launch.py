@@ -34,6 +34,11 @@ from .solve import solve_kernel
 from .toward import toward_kernel
 
 PREPARED_ROWS = 32
+LARGEST_EXPONENT = 20.0
+"""Half precision inside up to this ``kernel_scale * D``; the default scale has sqrt(D), at most 16.
+
+Rounding keys to float16 moves the exponent of P by up to about a thousandth of it.
+"""
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -315,12 +320,11 @@ def _past(
     return _Past(geometry, prepared, Operand(rows, largest, 0), bad)
 
 
-def _plan(key: Tensor, value: Tensor) -> Plan:
-    return plan_for(
-        torch.float32 if key.dtype == torch.float32 else torch.float16,
-        key.shape[-1],
-        value.shape[-1],
-    )
+def _plan(key: Tensor, value: Tensor, kernel_scale: float) -> Plan:
+    """float32 inside for float32 inputs, and where float16 keys would move the exponents too far."""
+    width = key.shape[-1]
+    exact = key.dtype == torch.float32 or kernel_scale * width > LARGEST_EXPONENT
+    return plan_for(torch.float32 if exact else torch.float16, width, value.shape[-1])
 
 
 def solve_dense(
@@ -339,7 +343,7 @@ def solve_dense(
     with _on(key):
         key, value = _rows(key), _rows(value)
         strength, key_mask = _dense(strength), _dense(key_mask)
-        plan = _plan(key, value)
+        plan = _plan(key, value, kernel_scale)
         geometry = Geometry(key, plan.block)
         call = Call(geometry, plan, key, value, kernel_scale)
         reference = _reference(plan, geometry, key, key_mask, past_key)
@@ -380,7 +384,7 @@ def solve_packed(
         return out
     with _on(key):
         key, value = _rows(key), _rows(value)
-        plan = _plan(key, value)
+        plan = _plan(key, value, kernel_scale)
         geometry = Geometry(
             key, plan.block, cu_seqlens, longest_sequence(cu_seqlens, key, max_seqlen)
         )
@@ -422,7 +426,7 @@ def adjoint_dense(
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
         strength, key_mask = _dense(strength), _dense(key_mask)
-        plan = _plan(key, solution)
+        plan = _plan(key, solution, kernel_scale)
         geometry = Geometry(key, plan.block)
         call = Call(geometry, plan, key, solution, kernel_scale)
         reference = _reference(plan, geometry, key, key_mask, past_key)
@@ -455,6 +459,9 @@ def adjoint_dense(
                 if past_sum is not None:
                     pairs += past_sum
                 grad_past_key = past_key.new_empty(past_key.shape)
+                # What is not finite in the chunk spoils the past's gradients too.
+                chunk_bad = bad[:: geometry.blocks][: geometry.chains]
+                past.bad[:: past.geometry.blocks][: geometry.chains] += chunk_bad
                 scratch = past.geometry.workspace(key, torch.float32, call.key_width)
                 scratch_sums = past.geometry.workspace(key, torch.float32) if plan.centred else None
                 _toward(
@@ -486,7 +493,7 @@ def adjoint_packed(
         return grad_key, grad_value, key.new_zeros(key.shape[1], dtype=torch.float32)
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
-        plan = _plan(key, solution)
+        plan = _plan(key, solution, kernel_scale)
         geometry = Geometry(
             key, plan.block, cu_seqlens, longest_sequence(cu_seqlens, key, max_seqlen)
         )

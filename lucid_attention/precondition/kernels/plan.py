@@ -167,13 +167,16 @@ def longest_sequence(offsets: Tensor, packed: Tensor, longest: int | None) -> in
 
 
 class Control:
-    """The int32 zeros that a launch starts from, as views of one buffer."""
+    """The int32 zeros that a launch starts from, as views of one buffer.
+
+    Every part starts at a multiple of 128 bytes: an alignment that depended on the length would compile
+    the kernels anew.
+    """
 
     def __init__(self, like: Tensor, *slots: int) -> None:
-        pad = 32
-        buffer = torch.zeros(pad + sum(slots), dtype=torch.int32, device=like.device)
-        self.ticket = buffer
-        self.parts = list(torch.split(buffer[pad:], list(slots)))
+        room = [32, *(-(-count // 32) * 32 for count in slots)]
+        buffer = torch.zeros(sum(room), dtype=torch.int32, device=like.device)
+        self.ticket, *self.parts = buffer.split(room)
 
 
 class Call:

@@ -270,6 +270,33 @@ def test_nan_stays_where_it_is(dtype: torch.dtype, place: str, device: str) -> N
         assert g[hit].isnan().all() and torch.equal(g[~hit], c[~hit])
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_nan_in_a_chunk_reaches_its_past(dtype: torch.dtype, device: str) -> None:
+    """Whatever is not finite anywhere in a head spoils all gradients of that head, and no other's."""
+    leaves = operands("cos0.5", 1, 2, 40, 20, value_width=12, dtype=dtype, device=device)
+    leaves += [
+        make_keys("cos0.5", 1, 2, 30, 20, dtype=dtype, device=device).requires_grad_(),
+        torch.randn(1, 2, 30, 12, device=device, requires_grad=True),
+    ]
+    clean = run(leaves, "triton")
+    for spoiled in (0, 2):
+        hit = [x.detach().clone().requires_grad_() for x in leaves]
+        with torch.no_grad():
+            hit[spoiled][0, 1, 7, 3] = float("nan")
+        got = run(hit, "triton")
+        for g, c in zip(got[1:], clean[1:], strict=True):
+            assert g[:, 1].isnan().all() and torch.equal(g[:, 0], c[:, 0])
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 20.0])
+def test_large_kernel_scales(scale: float, device: str) -> None:
+    """float16 keys would be 5 % wrong at 1 and infinite at 20; these calls are float32 inside."""
+    leaves = operands("cos0.99", 1, 1, 200, 64, value_width=16, dtype=HALF, device=device)
+    exact = run(widened(leaves), "reference", kernel_scale=scale)
+    for g, e in zip(run(leaves, "triton", kernel_scale=scale), exact, strict=True):
+        assert relative_error(g, e) < 3e-3
+
+
 def test_strides_and_no_strength(device: str) -> None:
     leaves = operands("cos0.8", 2, 140, 3, 20, value_width=20, dtype=HALF, device=device)
     leaves = [x.detach().transpose(1, 2).requires_grad_() for x in leaves]

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 # 64 and 128 take Hopper's own kernels on such a card, the rest the portable ones.
 WIDTHS = [(64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (256, 256)]
+SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
 
 
 @pytest.mark.parametrize("width", [64, 68, 128])
@@ -42,7 +43,7 @@ def test_hard_keys(kind: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL], ids=str)
-@pytest.mark.parametrize(("width", "value_width"), WIDTHS)
+@pytest.mark.parametrize(("width", "value_width"), WIDTHS + SMALL_WIDTHS)
 def test_head_sizes(dtype: torch.dtype, width: int, value_width: int) -> None:
     leaves = operands(
         "cos0.8", 1, 2, 1000, width, value_width=value_width, dtype=dtype, device="cuda"
@@ -72,7 +73,7 @@ def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
             assert relative_error(g, e) < (6e-3 if dtype == HALF else 1e-5)
 
 
-@pytest.mark.parametrize("width", [64, 128, 68])
+@pytest.mark.parametrize("width", [64, 128, 68, 40, 20])
 @pytest.mark.parametrize("case", ["left", "right", "anywhere", "packed", "strength", "past"])
 def test_layouts(case: str, width: int) -> None:
     """Against float64, in bfloat16, with NaN wherever nothing should be read."""
