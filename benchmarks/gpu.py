@@ -23,7 +23,7 @@ from tqdm import tqdm
 from triton.errors import TritonError
 
 from benchmarks.solve import COSINE
-from lucid_attention.precondition.kernels import launch
+from lucid_attention.precondition.kernels import launch, plan
 
 FAILURES = (RuntimeError, AssertionError, TritonError)
 """No back end for a shape, out of memory, a kernel that does not compile or does not launch."""
@@ -140,6 +140,20 @@ def in_turn(contestants: Mapping[str, Contestant]) -> dict[str, list[float]]:
     return times
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph: what it takes where the host does not launch its kernels one by one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def _seconds(call: Callable[[], object], count: int, flush: Tensor) -> list[float]:
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in pairs:
@@ -225,13 +239,16 @@ def summarise(spans: Iterator[tuple[str, float, float]]) -> list[KernelTime]:
 
 @contextlib.contextmanager
 def unrounded() -> Iterator[None]:
-    """Within it, `launch` takes float32 tensors through the kernels for half precision.
+    """Within it, the kernels for half precision take float32 tensors.
 
     Given bfloat16 values in float32 they compute what they compute for bfloat16 inputs, and the
     result is not rounded to bfloat16 at the end.
     """
-    plan_for = launch.plan_for
-    with mock.patch.object(launch, "plan_for", lambda _, *widths: plan_for(torch.float16, *widths)):
+    plan_for = plan.plan_for
+    with (
+        mock.patch.object(plan, "plan_for", lambda _, *widths: plan_for(torch.float16, *widths)),
+        mock.patch.object(plan, "_calls", {}),
+    ):
         yield
 
 

@@ -32,7 +32,7 @@ def line(rows: list[Row]) -> str:
     return (
         f"  {row['batch']} x {row['kv_heads']:2} heads  D {row['head_dim']:3}  N {row['seq']:6}  "
         f"{row['pass']:16} {row['ms_p50']:8.3f} ms  sdpa {row['sdpa_ms_p50']:8.3f} "
-        f"({row['sdpa_backend']})  ratio {row['ratio']:5.2f}  {row['tflops']:4.0f} TFLOP/s  "
+        f"({row['sdpa_backend']})  ratio {row['ratio']:5.2f}  graphs {row['graph_ratio']:5.2f}  {row['tflops']:4.0f} TFLOP/s  "
         f"extra {row['extra_ratio']:.2f}"
     )
 
@@ -81,6 +81,7 @@ def solve_tables(rows: list[Row], stages: list[Row], facts: Row) -> str:
                     _ms(row["ms_p50"]),
                     f"{_ms(row['sdpa_ms_p50'])} ({row['sdpa_backend'] or 'none'})",
                     _number(row["ratio"], ".2f", "**"),
+                    _number(row["graph_ratio"], ".2f"),
                     _number(row["tflops"], ".0f"),
                     _number(row["peak_share"], ".0%"),
                     _number(row["extra_mib"], ".0f"),
@@ -104,15 +105,16 @@ def solve_tables(rows: list[Row], stages: list[Row], facts: Row) -> str:
                     f"{_ms(row['sdpa_ms_p50'])} ({row['sdpa_backend'] or 'none'})",
                     _number(row["ratio"], ".2f"),
                     _number(same["ratio"], ".2f", "**"),
+                    _number(same["graph_ratio"], ".2f"),
                     _number(row["extra_mib"], ".0f"),
                 ]
             )
     parts = [f"{_in_run(facts)}; a large matrix product: {facts['matmul_tflops']} TFLOP/s.\n"]
     if solve:
-        titles = "D | chains | N | pass | solve, ms | SDPA, ms | / SDPA | TFLOP/s | of peak | extra MiB | / value | dense, ms | blocked, ms | error | us a step"  # fmt: skip
+        titles = "D | chains | N | pass | solve, ms | SDPA, ms | / SDPA | both in CUDA graphs | TFLOP/s | of peak | extra MiB | / value | dense, ms | blocked, ms | error | us a step"  # fmt: skip
         parts += ["## The solve\n", _table(titles.split(" | "), solve)]
     if attention:
-        titles = "heads, query / KV | D | batch | N | pass | LUCID attention, ms | in SDPA's back end, ms | SDPA, ms | / SDPA | in its back end | extra MiB"  # fmt: skip
+        titles = "heads, query / KV | D | batch | N | pass | LUCID attention, ms | in SDPA's back end, ms | SDPA, ms | / SDPA | in its back end | both in CUDA graphs | extra MiB"  # fmt: skip
         parts += ["## LUCID attention\n", _table(titles.split(" | "), attention)]
     if stages:
         parts += ["## Where the solve's time goes\n", stage_table(stages)]

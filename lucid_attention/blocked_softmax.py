@@ -18,9 +18,10 @@ from .precondition.autocast import no_autocast
 from .precondition.blocked import BLOCK, tile_elements
 from .precondition.differentiation import no_second_derivative
 from .precondition.numerics import compute_dtype
+from .precondition.registration import differentiate, fake_of, operator
 
 
-@torch.library.custom_op("lucid_attention::blocked_softmax", mutates_args=())
+@operator
 def blocked_softmax(
     query: Tensor,
     key: Tensor,
@@ -61,7 +62,7 @@ def blocked_softmax(
         return output.view(*shape, value.shape[-1]).to(value.dtype), lse.view(shape)
 
 
-@blocked_softmax.register_fake
+@fake_of("blocked_softmax")
 def _(
     query: Tensor,
     key: Tensor,
@@ -78,7 +79,7 @@ def _(
     return output, query.new_empty(query.shape[:-1], dtype=compute_dtype(query))
 
 
-@torch.library.custom_op("lucid_attention::blocked_softmax_backward", mutates_args=())
+@operator
 def blocked_softmax_backward(
     grad: Tensor,
     output: Tensor,
@@ -106,7 +107,7 @@ def blocked_softmax_backward(
         )
 
 
-@blocked_softmax_backward.register_fake
+@fake_of("blocked_softmax_backward")
 def _(
     grad: Tensor,
     output: Tensor,
@@ -130,7 +131,7 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, first, last, key_mask, sinks = inputs[:7]
     ctx.options = inputs[7:]
     ctx.save_for_backward(*output, query, key, value, first, last, key_mask, sinks)
@@ -144,8 +145,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads[:3], None, None, None, sinks, None, None, None)
 
 
-blocked_softmax.register_autograd(_backward, setup_context=_setup)
-blocked_softmax_backward.register_autograd(no_second_derivative)
+differentiate("blocked_softmax", _backward, _save)
+differentiate("blocked_softmax_backward", no_second_derivative)
 
 
 class _Gradients(NamedTuple):

@@ -27,6 +27,6 @@ def autocast(tensor: Tensor) -> Tensor:
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast would round the operands of every product inside to half precision."""
     device = tensor.device.type
-    if device == "meta":
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .autocast import no_autocast
 from .differentiation import no_second_derivative
 from .implementation import choose
 from .numerics import compute_dtype
+from .registration import differentiate, fake_of, operator
 from .validation import check_strength_contents
 
 
-@torch.library.custom_op("lucid_attention::precondition", mutates_args=())
+@operator
 def precondition(
     key: Tensor,
     value: Tensor,
@@ -40,7 +40,7 @@ def precondition(
         return solved
 
 
-@precondition.register_fake
+@fake_of("precondition")
 def _(
     key: Tensor,
     value: Tensor,
@@ -54,7 +54,7 @@ def _(
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op("lucid_attention::precondition_backward", mutates_args=())
+@operator
 def precondition_backward(
     grad: Tensor,
     key: Tensor,
@@ -80,7 +80,7 @@ def precondition_backward(
         )
 
 
-@precondition_backward.register_fake
+@fake_of("precondition_backward")
 def _(
     grad: Tensor,
     key: Tensor,
@@ -101,7 +101,7 @@ def _(
     )
 
 
-@torch.library.custom_op("lucid_attention::precondition_varlen", mutates_args=())
+@operator
 def precondition_varlen(
     key: Tensor,
     value: Tensor,
@@ -120,7 +120,7 @@ def precondition_varlen(
         return solved
 
 
-@precondition_varlen.register_fake
+@fake_of("precondition_varlen")
 def _(
     key: Tensor,
     value: Tensor,
@@ -133,7 +133,7 @@ def _(
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op("lucid_attention::precondition_varlen_backward", mutates_args=())
+@operator
 def precondition_varlen_backward(
     grad: Tensor,
     key: Tensor,
@@ -152,7 +152,7 @@ def precondition_varlen_backward(
         return grads[0], grads[1], _like(grads[2], strength)
 
 
-@precondition_varlen_backward.register_fake
+@fake_of("precondition_varlen_backward")
 def _(
     grad: Tensor,
     key: Tensor,
@@ -170,7 +170,7 @@ def _(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     key, _, strength, key_mask, past_key, past_preconditioned, *ctx.options = inputs
     ctx.save_for_backward(key, output, strength, key_mask, past_key, past_preconditioned)
 
@@ -178,7 +178,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     _, _, strength, _, past_key, past_preconditioned = saved
-    grads = torch.ops.lucid_attention.precondition_backward(grad, *saved, *ctx.options)
+    grads = precondition_backward(grad, *saved, *ctx.options)
     return (
         grads[0],
         grads[1],
@@ -191,22 +191,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_varlen(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     key, _, cu_seqlens, strength, *ctx.options = inputs
     ctx.save_for_backward(key, output, cu_seqlens, strength)
 
 
 def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grads = torch.ops.lucid_attention.precondition_varlen_backward(grad, *saved, *ctx.options)
+    grads = precondition_varlen_backward(grad, *saved, *ctx.options)
     strength = None if saved[3] is None else grads[2]
     return grads[0], grads[1], None, strength, None, None, None
 
 
-precondition.register_autograd(_backward, setup_context=_setup)
-precondition_varlen.register_autograd(_backward_varlen, setup_context=_setup_varlen)
-precondition_backward.register_autograd(no_second_derivative)
-precondition_varlen_backward.register_autograd(no_second_derivative)
+differentiate("precondition", _backward, _save)
+differentiate("precondition_varlen", _backward_varlen, _save_varlen)
+differentiate("precondition_backward", no_second_derivative)
+differentiate("precondition_varlen_backward", no_second_derivative)
 
 
 def _like(grad: Tensor, operand: Tensor | None) -> Tensor:

@@ -32,6 +32,8 @@ def rows(shape: Shape = USUAL) -> list[dict[str, Any]]:
         "triton": [0.0011, 0.0009, 0.001, 0.0012, 0.0013],
         "sdpa-cudnn": [0.001] * 3,
         "sdpa-flash": [],
+        "triton in a graph": [0.0008],
+        "sdpa-cudnn in a graph": [0.0005],
     }
     heads = dict.fromkeys(times, shape.chains)
     memory = {"triton": 3 * shape.value_bytes}
@@ -47,6 +49,8 @@ def test_rows() -> None:
     assert [ours[name] for name in ("ms_p20", "ms_p50", "ms_p80")] == pytest.approx([0.98, 1.1, 1.22])  # fmt: skip
     assert ours["sdpa_backend"] == "cudnn"
     assert ours["ratio"] == pytest.approx(1.1)
+    assert ours["graph_ratio"] == pytest.approx(1.6)
+    assert math.isnan(failed["graph_ratio"])
     assert ours["tflops"] == pytest.approx(2 * 32 * 4096**2 * 64 / 1.1e-3 / 1e12)
     assert ours["peak_share"] == pytest.approx(ours["tflops"] / 800)
     assert (ours["extra_ratio"], ours["extra_mib"]) == (3.0, 3 * 32 * 4096 * 64 * 2 / 2**20)
@@ -55,7 +59,7 @@ def test_rows() -> None:
     assert math.isnan(failed["ms_p50"])
     assert math.isnan(failed["extra_mib"])
     assert rows()[3]["us_per_step"] is None
-    columns = "commit date gpu torch triton dtype batch kv_heads q_heads head_dim seq pass impl ms_p20 ms_p50 ms_p80 sdpa_backend sdpa_ms_p50 ratio tflops peak_share extra_mib extra_ratio rel_err us_per_step"
+    columns = "commit date gpu torch triton dtype batch kv_heads q_heads head_dim seq pass impl ms_p20 ms_p50 ms_p80 sdpa_backend sdpa_ms_p50 ratio graph_ms_p50 sdpa_graph_ms_p50 graph_ratio tflops peak_share extra_mib extra_ratio rel_err us_per_step"
     assert list(ours) == columns.split()
 
 
@@ -80,7 +84,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     where = {"dtype": "bfloat16", "batch": 4, "kv_heads": 8, "head_dim": 64, "seq": 4096}
     stages = [{**where, "pass": "forward", **line._asdict()} for line in lines]
     text = report.solve_tables(measured, stages, FACTS)
-    assert "| 64 | 32 | 4096 | fwd | 1.10 | 1.00 (cudnn) | **1.10** | 62 | 8% |" in text
+    assert "| 64 | 32 | 4096 | fwd | 1.10 | 1.00 (cudnn) | **1.10** | 1.60 | 62 | 8% |" in text
     assert "| 32 / 4 | 64 | 1 | 32768 | fwd | 12.00 | 11.00 | 10.00 (cudnn) | 1.20 | **1.10** |" in text  # fmt: skip
     assert "| hopper solve | prepare | others | gaps |" in text
     assert "| 0.700 (70 %) | 0.100 (10 %) |" in text

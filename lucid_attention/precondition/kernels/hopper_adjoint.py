@@ -69,6 +69,7 @@ from .hopper_tiles import (
     tile_descriptor,
     wait_for,
 )
+from .plan import SHIFT_BACKWARD
 
 if TYPE_CHECKING:
     from .plan import Call, Control, Prepared
@@ -541,39 +542,40 @@ def hopper_adjoint(
     strength: Tensor | None,
     mask: Tensor | None,
     control: Control,
-    power: int,
     hurry: bool = True,
-) -> Tensor:
-    """Write the gradients of values and keys; return ``-sum T`` of every block.
+) -> Tensor | None:
+    """Write the gradients of values and keys; return ``-sum T`` of every block if there is a strength.
 
-    ``power`` is the backward pass's SHIFT. ``hurry``: dV first, then the next block's share of the key
-    gradient, at the price of a product; it pays while blocks wait for each other. Memory, in units
-    of the values': Gh 1 and Toward 2.
+    ``hurry``: dV first, then the next block's share of the key gradient, at the price of a product; it
+    pays while blocks wait for each other. Memory, in units of the values': Gh 1 and Toward 2.
     """
     geometry = call.geometry
     D, E = call.key_width, call.solution_width
-    done, largest_grad, largest_solution, bad = control.parts[:4]
+    done, largest_grad, largest_solution, bad, turn = control.parts
     columns = 64 if D == 128 else 128
     gh = geometry.workspace(grad, torch.float16, E)
     toward = grad.new_empty((geometry.slots * D // 2, 256), dtype=torch.float32)
-    turn = torch.zeros(2 * geometry.slots, dtype=torch.int32, device=grad.device)
-    strength_sum = torch.zeros((geometry.slots, 2), dtype=torch.float32, device=grad.device)
+    strength_sum = None
+    if strength is not None:
+        strength_sum = torch.zeros((geometry.slots, 2), dtype=torch.float32, device=grad.device)
     assert prepared.inverse is not None
-    hopper_adjoint_kernel[(geometry.slots,)](
+    call.launch(
+        hopper_adjoint_kernel, geometry.slots,
         tile_descriptor(prepared.keys, 64), tile_descriptor(prepared.keys, columns), tile_descriptor(gh, columns),
         tile_descriptor(toward, 16), prepared.inverse, prepared.live,
         grad, *geometry.strides(grad), solution, *geometry.strides(solution),
         gh, grad_value, *geometry.strides(grad_value), strength_sum, strength, geometry.table,
         done, largest_grad, largest_solution, bad, turn, control.ticket,
         geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
-        call.c2, call.shift(power), int(hurry),
-        D=D, E=E, M=columns, WIDTH=call.value_width, PACKED=geometry.packed, SHIFT=power,
+        call.c2, call.shift(SHIFT_BACKWARD), int(hurry),
+        D=D, E=E, M=columns, WIDTH=call.value_width, PACKED=geometry.packed, SHIFT=SHIFT_BACKWARD,
         num_warps=4,
     )  # fmt: skip
-    finish_kernel[(2 * geometry.slots,)](
+    call.launch(
+        finish_kernel, 2 * geometry.slots,
         toward, key, *geometry.strides(key), grad_key, *geometry.strides(grad_key),
         mask, strength, geometry.table, largest_grad, largest_solution, bad,
         geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
         call.width, call.kernel_scale, KEY_EPS, D=D, PACKED=geometry.packed, num_warps=8,
     )  # fmt: skip
-    return strength_sum.sum(1)
+    return None if strength_sum is None else strength_sum.sum(1)

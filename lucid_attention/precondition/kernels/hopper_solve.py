@@ -42,6 +42,7 @@ from .hopper_tiles import (
     wide_layout,
     widen,
 )
+from .plan import SHIFT_FORWARD
 
 if TYPE_CHECKING:
     from .plan import Call, Control, Prepared
@@ -375,9 +376,8 @@ def hopper_solve(
     mask: Tensor | None,
     strength: Tensor | None,
     control: Control,
-    shift: int,
 ) -> None:
-    """``launch._solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
+    """``stages.solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
     geometry, plan = call.geometry, call.plan
     done, largest, bad = control.parts[:3]
     solved = geometry.workspace(value, plan.dtype, call.solution_width)
@@ -385,12 +385,13 @@ def hopper_solve(
     fixed = 128 * D * 2 + 3 * 64 * 64 * 2 + 128 * E * 2
     stages = min(4, (_SHARED - fixed) // (COLUMNS * (D + E) * 2))
     keys = prepared.keys
-    hopper_solve_kernel[(min(multiprocessors(value.device), geometry.slots),)](
+    call.launch(
+        hopper_solve_kernel, min(multiprocessors(value.device), geometry.slots),
         tile_descriptor(keys, 64), tile_descriptor(keys, COLUMNS), tile_descriptor(solved, COLUMNS),
         tile_descriptor(prepared.inverse.view(-1, 64), 64),
         value, *geometry.strides(value), solved, out, *geometry.strides(out),
         mask, strength, geometry.table, done, largest, bad, control.ticket,
         geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,
-        geometry.headroom, call.c2, call.shift(shift),
-        D=D, E=E, M=COLUMNS, STAGES=stages, PACKED=geometry.packed, SHIFT=shift, num_warps=4,
+        geometry.headroom, call.c2, call.shift(SHIFT_FORWARD),
+        D=D, E=E, M=COLUMNS, STAGES=stages, PACKED=geometry.packed, SHIFT=SHIFT_FORWARD, num_warps=4,
     )  # fmt: skip

@@ -10,10 +10,11 @@ and ``Control``, int32 zeros: ticket, finished blocks, ranges, first bad rows.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,13 @@ LOG2E = math.log2(math.e)
 # the room below as well.
 SHIFT_FORWARD = 15
 SHIFT_BACKWARD = 7
+LARGEST_EXPONENT = 20.0
+"""Half precision inside up to this ``kernel_scale * D``; the default scale has sqrt(D), at most 16.
+
+Rounding keys to float16 moves the exponent of P by up to about a thousandth of it.
+"""
+MOST_CALLS = 1024
+"""Layouts that are remembered; beyond, all are forgotten and come back as they are met."""
 
 
 def interpreted() -> bool:
@@ -180,29 +188,93 @@ class Control:
 
 
 class Call:
-    """The arguments that a call's kernels share."""
+    """What a call's kernels share, kept between calls: everything that operands' layouts decide.
 
-    def __init__(
-        self, geometry: Geometry, plan: Plan, key: Tensor, value: Tensor, kernel_scale: float
-    ) -> None:
-        self.geometry, self.plan = geometry, plan
+    ``launch`` also keeps the compiled kernels: finding out anew, for every argument, what decides how a
+    kernel is compiled takes Triton longer than a short sequence's kernels run.
+    """
+
+    geometry: Geometry
+
+    def __init__(self, key: Tensor, value: Tensor, kernel_scale: float, *, keep: bool) -> None:
         self.width, self.value_width = key.shape[-1], value.shape[-1]
+        # float32 inside also where float16 keys would move the exponents too far.
+        exact = key.dtype == torch.float32 or kernel_scale * self.width > LARGEST_EXPONENT
+        self.plan = plan_for(
+            torch.float32 if exact else torch.float16, self.width, self.value_width
+        )
         self.kernel_scale = kernel_scale
         self.c2 = kernel_scale * LOG2E
         self.pieces = dict(zip(("D1", "D2"), pieces(self.width), strict=True))
         self.value_pieces = dict(zip(("E1", "E2"), pieces(self.value_width), strict=True))
-        self.exact = {"CENTRED": plan.centred, "PRECISION": plan.precision}
+        self.key_width = sum(self.pieces.values())
+        self.solution_width = sum(self.value_pieces.values())
+        self.exact = {"CENTRED": self.plan.centred, "PRECISION": self.plan.precision}
+        self._keep = keep
+        self._compiled: dict[Any, tuple[Any, tuple[object, ...]]] = {}
 
     def shift(self, power: int) -> float:
         return power - self.c2 * self.width
 
-    @property
-    def key_width(self) -> int:
-        return sum(self.pieces.values())
+    def launch(self, kernel: Any, programs: int, *args: object, **constants: object) -> None:
+        """Launch ``kernel`` with its arguments in order; ``constants`` are its constexprs and options."""
+        known = self._compiled.get(kernel)
+        if known is not None:
+            compiled, order = known
+            compiled[programs, 1, 1](*args, *order)
+            return
+        compiled = kernel[programs,](*args, **constants)
+        if self._keep and not interpreted():
+            names = kernel.arg_names[len(args) :]
+            self._compiled[kernel] = compiled, tuple(constants[name] for name in names)
 
-    @property
-    def solution_width(self) -> int:
-        return sum(self.value_pieces.values())
+
+_calls: dict[tuple[object, ...], Call] = {}
+
+
+def call_for(
+    key: Tensor,
+    value: Tensor,
+    kernel_scale: float,
+    others: tuple[Tensor | None, ...],
+    offsets: Tensor | None = None,
+    longest: int = 0,
+    *,
+    keep: bool = True,
+) -> Call:
+    """The ``Call`` for these operands and ``others``, all that a call's kernels read.
+
+    Args:
+        keep: each kernel is launched once in such a call, so that it can be kept with it.
+    """
+    operands = (key, value, *others)
+    # What Triton compiles for depends on dtypes, strides, which operands there are and whether
+    # pointers are multiples of 16; one that is not takes the long way.
+    signature: list[object] = [key.device, kernel_scale]
+    pointers = 0
+    for x in operands:
+        if x is None:
+            signature.append(None)
+        else:
+            signature += (x.dtype, x.shape, x.stride())
+            pointers |= x.data_ptr()
+    if offsets is not None:
+        signature.append(offsets.shape[0])
+    keep = keep and pointers % 16 == 0
+    known = tuple(signature)
+    call = _calls.get(known) if keep else None
+    if call is None:
+        call = Call(key, value, kernel_scale, keep=keep)
+        if offsets is None:
+            call.geometry = Geometry(key, call.plan.block)
+        if keep:
+            if len(_calls) >= MOST_CALLS:
+                _calls.clear()
+            _calls[known] = call
+    if offsets is not None:
+        call = copy.copy(call)
+        call.geometry = Geometry(key, call.plan.block, offsets, longest)
+    return call
 
 
 class Prepared(NamedTuple):

@@ -132,6 +132,30 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
         assert g[hit].isnan().all() and torch.equal(g[~hit], c[~hit])
 
 
+@pytest.mark.parametrize("width", [64, 128, 68])
+def test_kept_kernels_fit_later_calls(width: int) -> None:
+    """A launch that skips Triton's own look at the arguments must not meet others than it was made for."""
+    leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
+    expected = run(leaves, "triton")
+
+    def moved(x: Tensor) -> Tensor:
+        """The same numbers at an address that is no multiple of 16."""
+        storage = x.new_empty(x.numel() + 1)
+        storage[1:] = x.detach().flatten()
+        return storage[1:].view(x.shape).requires_grad_()
+
+    key, value = leaves
+    for other in ([key, value], [moved(key), value], [key, moved(value)], [key, value]):
+        for g, e in zip(run(other, "triton"), expected, strict=True):
+            assert torch.equal(g, e)
+    with_strength = run(leaves, "triton", strength=torch.full((2,), 0.5, device="cuda"))
+    assert not torch.equal(with_strength[0], expected[0])
+    masked = torch.ones(1, 700, dtype=torch.bool, device="cuda")
+    for options in ({}, {"key_mask": masked}, {"strength": torch.ones(2, device="cuda")}):
+        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
+            assert torch.equal(g, e)
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_gradients_far_below_float16(width: int) -> None:
     leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
