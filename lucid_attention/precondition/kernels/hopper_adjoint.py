@@ -14,9 +14,10 @@ needs of it, then dV itself, announced, and after that the key gradient's terms 
 The pairs inside the block (``j < i``) come last. Nobody waits for those, except for a turn.
 
 Twelve warps: two groups of four take 64 rows of the block each; one warp loads keys, one loads dV as
-it is announced, one adds to ``Toward``. ``S`` of the next tile is under way while a tile ends, each
-product runs beside the arithmetic on the one before, and the groups fill each other's gaps. Tiles
-have M columns: 64 for 128 features, 128 for 64. Shared memory (swizzled, but for the last two):
+it is announced, two add to ``Toward`` by turns, because one addition takes about as long as the products of
+a tile. ``S`` of the next tile is under way while a tile ends, each product runs beside the arithmetic on
+the one before, and (``LATE``) the groups fill each other's gaps. Tiles have M columns: 64 for 128 features,
+128 for 64. Shared memory (swizzled, but for the last two):
 
     keys (2, 64, D)   solution (2, 64, E)   key_ring (2, M, D)   grad_ring (2, M, E)
     pieces: T twice, in tiles of 64 x 64   staging: O twice, a tile of 64 x 64 a group   norms (2, 64)
@@ -29,8 +30,9 @@ Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`
     grad_full   bytes       n // 2 at n % 2                        both groups
     empty       2 groups    n // 2 at n % 2, tile n was used       both loaders, before tile n + 2
     t_full      2 groups    u, T is in pieces                      both groups, before their O
-    o_full      1 group     q // 2 at q % 2 and the group          the adder
-    o_empty     the adder   q // 2 at q % 2 and the group          the group, before q + 2
+    o_full      1 group     q // 2 at q % 2 and the group          the adder of q
+    o_empty     its adder   q // 2 at q % 2 and the group          the group, before q + 2
+    stored      odd adder   its stores and additions are done      the even adder, before ``toward``
     meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 rows read
 
 Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has finished with u.
@@ -76,6 +78,12 @@ if TYPE_CHECKING:
 
 STAGES = gl.constexpr(2)
 CHUNK = gl.constexpr(64)
+LONG = 16384
+"""From this length on, ``O`` comes a tile late (`_pairs`): 4 to 21 % faster at 16K to 128K tokens.
+
+The code is longer for it: 2K tokens take 15 to 45 % longer, since a program that goes through most of the
+code once waits for instructions. At 4K there is no difference; one head of 8K is 6 % slower.
+"""
 
 
 @gluon.jit
@@ -103,14 +111,44 @@ def _similarity(own, ring, full, tile, pred):
 
 
 @gluon.jit
+def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr):
+    """Start ``O = T^T K`` of tile ``use``: all rows of T, and of O the group's part."""
+    if M == 64:
+        left = (use % 2) * 2
+        step: gl.constexpr = 1
+        k1 = keys.index(zero).slice(CHUNK * W, CHUNK, dim=1)
+        k2 = keys.index(zero + 1).slice(CHUNK * W, CHUNK, dim=1)
+    else:
+        left = (use % 2) * 4 + W
+        step: gl.constexpr = 2
+        k1 = keys.index(zero)
+        k2 = keys.index(zero + 1)
+    o = gl.zeros([64, 64], gl.float32, accumulator(64))
+    o = warpgroup_mma(pieces.index(left).permute((1, 0)), k1, o, use_acc=False, is_async=True)
+    return warpgroup_mma(pieces.index(left + step).permute((1, 0)), k2, o, is_async=True)
+
+
+@gluon.jit
+def _last_half(use, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr):  # fmt: skip
+    """What the last of several ``_pairs`` leaves to do."""
+    mbarrier.wait(t_full, use & 1)
+    o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W)])
+    _hand_over(o * unscale, staging, o_full, o_empty, use, W)
+
+
+@gluon.jit
 def _pairs(
     s, acc, toward, total, tile, use, more, edge,
     keys, solution, key_ring, grad_ring, pieces, staging,
     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
     W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
+    LATE: gl.constexpr, FOLLOWS: gl.constexpr,
 ):  # fmt: skip
     """One tile of columns; its ``S`` is under way, and so is the next one's on return.
 
+    ``LATE``: with the next tile, or in ``_last_half``, comes the tile's ``O``, for which both groups' T is
+    needed: then they may be up to a tile apart and fill each other's gaps. ``FOLLOWS``: there is a
+    tile before this one in the sweep.
     ``EDGE``: only pairs of a row ``j`` and a column ``i`` with ``i + edge > j`` count.
     """
     M: gl.constexpr = key_ring.shape[1]
@@ -134,39 +172,44 @@ def _pairs(
     if SUM:
         total += gl.sum(t, axis=1)
     t = t.to(gl.float16)
-    toward = warpgroup_mma(operand(t, D), key_ring.index(stage), toward, is_async=True)
 
+    if LATE:
+        if FOLLOWS:
+            # Both groups' T of the tile before is there; both have done with the one before that.
+            mbarrier.wait(t_full, (use & 1) ^ 1)
+            o = _other_half(use - 1, anew(), keys, pieces, M, W)
+            if ADJOINT:
+                acc = warpgroup_mma_wait(1, deps=[acc])
+        elif ADJOINT:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+    toward = warpgroup_mma(operand(t, D), key_ring.index(stage), toward, is_async=True)
+    if LATE:
+        s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
     # The group's part of T for the other half, while the products above run.
     if M == 64:
-        at = (use % 2) * 2
-        pieces.index(at + W).store(t)
-        left = at
-        step: gl.constexpr = 1
+        pieces.index((use % 2) * 2 + W).store(t)
     else:
-        at = (use % 2) * 4
+        at = (use % 2) * 4 + 2 * W
         t1, t2 = halves(t)
-        pieces.index(at + 2 * W).store(t1)
-        pieces.index(at + 2 * W + 1).store(t2)
-        left = at + W
-        step: gl.constexpr = 2
+        pieces.index(at).store(t1)
+        pieces.index(at + 1).store(t2)
     fence_async_shared()
     mbarrier.arrive(t_full)
-    if ADJOINT:
-        acc = warpgroup_mma_wait(1, deps=[acc])
-    mbarrier.wait(t_full, use & 1)
-    o = gl.zeros([64, 64], gl.float32, accumulator(64))
-    if M == 64:
-        k1 = keys.index(zero).slice(CHUNK * W, CHUNK, dim=1)
-        k2 = keys.index(zero + 1).slice(CHUNK * W, CHUNK, dim=1)
+    if LATE:
+        if FOLLOWS:
+            o = warpgroup_mma_wait(2, deps=[o])
+            _hand_over(o * unscale, staging, o_full, o_empty, use - 1, W)
+        toward = warpgroup_mma_wait(1, deps=[toward])
+        mbarrier.arrive(empty.index(stage))
     else:
-        k1 = keys.index(zero)
-        k2 = keys.index(zero + 1)
-    o = warpgroup_mma(pieces.index(left).permute((1, 0)), k1, o, use_acc=False, is_async=True)
-    o = warpgroup_mma(pieces.index(left + step).permute((1, 0)), k2, o, is_async=True)
-    s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
-    o, toward = warpgroup_mma_wait(1, deps=[o, toward])
-    mbarrier.arrive(empty.index(stage))
-    _hand_over(o * unscale, staging, o_full, o_empty, use, W)
+        if ADJOINT:
+            acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.wait(t_full, use & 1)
+        o = _other_half(use, zero, keys, pieces, M, W)
+        s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
+        o, toward = warpgroup_mma_wait(1, deps=[o, toward])
+        mbarrier.arrive(empty.index(stage))
+        _hand_over(o * unscale, staging, o_full, o_empty, use, W)
     return s, acc, toward, total
 
 
@@ -180,7 +223,9 @@ def _inverse(T, quadrant, E: gl.constexpr):
 
 
 @gluon.jit
-def _group(everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr):
+def _group(
+    everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr
+):
     """Rows ``64 W`` to ``64 W + 63`` of the block: the sweep, dV, and what follows it."""
     (
         keys, solution, key_ring, grad_ring, pieces, staging, norms,
@@ -194,7 +239,6 @@ def _group(everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr
     E: gl.constexpr = grad_ring.shape[2]
     PARTS: gl.constexpr = 128 // M
     SUM: gl.constexpr = Strength is not None
-
     # The block's own Y, in range for T: one power of two for the block, so both groups' rows count.
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
     row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, plain))
@@ -226,14 +270,23 @@ def _group(everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr
     gl.thread_barrier()  # here, not in the sweep
     if sweep > 0:
         s = _similarity(keys.index(W + anew()), key_ring, key_full, 0, True)
-        for tile in range(sweep):
+        if LATE:
+            s, acc, toward, total = _pairs(
+                s, acc, toward, total, 0, 0, sweep > 1, 0,
+                keys, solution, key_ring, grad_ring, pieces, staging,
+                key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+                W, True, False, SUM, True, False,
+            )  # fmt: skip
+        for tile in range(LATE, sweep):
             s, acc, toward, total = _pairs(
                 s, acc, toward, total, tile, tile, tile + 1 < sweep, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, True, False, SUM,
+                W, True, False, SUM, LATE, True,
             )  # fmt: skip
         warpgroup_mma_wait(0, deps=[s])
+        if LATE:
+            _last_half(sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
     # What the block's end needs but does not have to wait for.
     strength = 1.0
     if Strength is not None:
@@ -309,16 +362,27 @@ def _group(everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr
     tiles = (late + 1) * PARTS
     zero = anew()
     s = _similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
-    for step in range(tiles):
+    if LATE:
+        edge = gl.where(late > 0, 128, (PARTS - 1) * M - 64 * W)
+        s, acc, toward, total = _pairs(
+            s, acc, toward, total, tile, sweep, tiles > 1, edge,
+            keys, solution, key_ring, grad_ring, pieces, staging,
+            key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+            W, False, True, SUM, True, False,
+        )  # fmt: skip
+    for step in range(LATE, tiles):
         inner = step - (tiles - PARTS)
         edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
         s, acc, toward, total = _pairs(
             s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,
             key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-            W, False, True, SUM,
+            W, False, True, SUM, LATE, True,
         )  # fmt: skip
     warpgroup_mma_wait(0, deps=[s])
+    if LATE:
+        last = sweep + tiles - 1
+        _last_half(last, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
     toward = toward * unscale
     if D == 64:
         _hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
@@ -417,30 +481,38 @@ def _give(Toward, row, step, staging, o_full, o_empty, push, add, turn):
 
 
 @gluon.jit
-def _add_up(Toward, staging, o_full, o_empty, Turn, slot, need, M: gl.constexpr, D: gl.constexpr):
-    """What this block gives to the later ones, each in its turn; then its own ``Toward``."""
+def _add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.constexpr, D: gl.constexpr, ODD: gl.constexpr):  # fmt: skip
+    """What this block gives to the later ones, each in its turn; then its own ``Toward``.
+
+    One warp for even pushes and one for odd ones: from a turn to the next program's turn takes about as
+    long as the products of a tile.
+    """
     PARTS: gl.constexpr = 128 // M
     SIDES: gl.constexpr = D // 64
     # Counters of the blocks' parts in the order of the sweep, backwards; own ones last.
     Turn += slot * PARTS
     tiles = (need + 1) * PARTS
     seen = 0
-    for push in range(tiles):
+    for push in range(ODD, tiles, 2):
         part = tiles - 1 - push
         ahead = part // PARTS
         if seen < ahead:
             wait_for(Turn + part, ahead)
         # The groups' tiles are side by side (PARTS 2) or one below the other.
         row = (slot * PARTS + part) * (M * D // 256)
-        turn = Turn + gl.maximum(part - 1, 0)
+        turn = Turn + gl.maximum(part - 2, 0)
         seen = _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0, turn)
         if ahead > 0:
             gl.atomic_xchg(Turn + part, ahead + 1, sem="release")
-    for side in gl.static_range(SIDES):
-        row = (slot * 2 * SIDES + side) * 16
-        _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
-    for part in gl.static_range(PARTS):
-        gl.atomic_xchg(Turn + part, 1, sem="release")
+    if ODD:
+        mbarrier.arrive(stored)
+    else:
+        mbarrier.wait(stored, 0)
+        for side in gl.static_range(SIDES):
+            row = (slot * 2 * SIDES + side) * 16
+            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
+        for part in gl.static_range(PARTS):
+            gl.atomic_xchg(Turn + part, 1, sem="release")
 
 
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom", "hurry"])
@@ -451,7 +523,7 @@ def hopper_adjoint_kernel(
     Done, LargestGrad, LargestSolution, Bad, Turn, Ticket,
     heads, chains, blocks, length, headroom, c2, shift, hurry,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
-    SHIFT: gl.constexpr,
+    SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs."""
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
@@ -495,9 +567,11 @@ def hopper_adjoint_kernel(
     o_full = gl.allocate_shared_memory(gl.int64, [4, 1], single)
     o_empty = gl.allocate_shared_memory(gl.int64, [4, 1], single)
     meet = gl.allocate_shared_memory(gl.int64, [1], single)
+    stored = gl.allocate_shared_memory(gl.int64, [1], single)
     mbarrier.init(own, count=1)
     mbarrier.init(t_full, count=2)
     mbarrier.init(meet, count=2)
+    mbarrier.init(stored, count=1)
     for index in gl.static_range(2):
         mbarrier.init(key_full.index(index), count=1)
         mbarrier.init(grad_full.index(index), count=1)
@@ -520,14 +594,15 @@ def hopper_adjoint_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_group, (group, gl.constexpr(0), WIDTH, SHIFT)),
-                (_group, (group, gl.constexpr(1), WIDTH, SHIFT)),
+                (_group, (group, gl.constexpr(0), WIDTH, SHIFT, LATE)),
+                (_group, (group, gl.constexpr(1), WIDTH, SHIFT, LATE)),
                 (_load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n, count, WIDTH)),
                 (_load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
-                (_add_up, (Toward, staging, o_full, o_empty, Turn, slot, need, M, D)),
+                (_add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
+                (_add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
             ],
-            [4, 1, 1, 1],
-            [240, 24, 24, 24],
+            [4, 1, 1, 1, 1],
+            [240, 24, 24, 24, 24],
         )  # fmt: skip
 
 
@@ -559,6 +634,8 @@ def hopper_adjoint(
     if strength is not None:
         strength_sum = torch.zeros((geometry.slots, 2), dtype=torch.float32, device=grad.device)
     assert prepared.inverse is not None
+    # Strengths and packed batches take the other order until they have been run on a card in this one.
+    late = geometry.longest >= LONG and strength is None and not geometry.packed
     call.launch(
         hopper_adjoint_kernel, geometry.slots,
         tile_descriptor(prepared.keys, 64), tile_descriptor(prepared.keys, columns), tile_descriptor(gh, columns),
@@ -569,7 +646,7 @@ def hopper_adjoint(
         geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
         call.c2, call.shift(SHIFT_BACKWARD), int(hurry),
         D=D, E=E, M=columns, WIDTH=call.value_width, PACKED=geometry.packed, SHIFT=SHIFT_BACKWARD,
-        num_warps=4,
+        LATE=int(late), num_warps=4,
     )  # fmt: skip
     call.launch(
         finish_kernel, 2 * geometry.slots,

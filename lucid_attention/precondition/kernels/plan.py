@@ -218,7 +218,8 @@ class Call:
 
     def launch(self, kernel: Any, programs: int, *args: object, **constants: object) -> None:
         """Launch ``kernel`` with its arguments in order; ``constants`` are its constexprs and options."""
-        known = self._compiled.get(kernel)
+        which = (kernel, *constants.values())
+        known = self._compiled.get(which)
         if known is not None:
             compiled, order = known
             compiled[programs, 1, 1](*args, *order)
@@ -226,7 +227,7 @@ class Call:
         compiled = kernel[programs,](*args, **constants)
         if self._keep and not interpreted():
             names = kernel.arg_names[len(args) :]
-            self._compiled[kernel] = compiled, tuple(constants[name] for name in names)
+            self._compiled[which] = compiled, tuple(constants[name] for name in names)
 
 
 _calls: dict[tuple[object, ...], Call] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -114,6 +115,31 @@ def test_layouts(case: str, width: int) -> None:
             assert not g.masked_select(dead.expand_as(g)).any()
     for g, e in zip(run(leaves, "triton", **options), got, strict=True):
         assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", ["padded", "packed", "strength", "long"])
+def test_schedules_change_no_bit(case: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a block gives what it owes to the others is a matter of speed."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's own kernels need a Hopper card")
+    seq = 3000 if case == "long" else 700
+    leaves = operands("cos0.5", 1, 5, seq, width, value_width=width, dtype=BRAIN, device="cuda")
+    options: dict[str, Any] = {}
+    if case == "padded":
+        options["key_mask"] = torch.rand(1, seq, device="cuda") > 0.4
+    if case == "packed":
+        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
+    if case in ("strength", "packed"):
+        options["learned"] = True
+        leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
+    adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
+    expected = run(leaves, "triton", **options)
+    monkeypatch.setattr(adjoint, "LONG", 0)
+    for _ in range(3):
+        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
+            assert torch.equal(g, e)
 
 
 @pytest.mark.parametrize("width", [64, 128])
