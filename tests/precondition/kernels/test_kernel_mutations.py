@@ -20,7 +20,10 @@ from tests.conftest import make_keys, relative_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the mutants run in the interpreter"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="mutants are Python files that the interpreter runs; compiling each takes minutes",
+    ),
 ]
 SEQ, PAST, WIDTH, VALUE_WIDTH = 150, 70, 16, 16
 
@@ -31,7 +34,7 @@ MUTATIONS = {
     "the block's own inverse left out": ("solve.py", "v1 = accumulate(v1, inverse, v1.to(inverse.dtype), exact_one, PRECISION)", "v1 = v1"),
     "strength ignored": ("solve.py", "factor = strength\n", "factor = 1.0\n"),
     "padding solved": ("solve.py", "v1 = tl.where(live[:, None], v1, 0.0)", "v1 = v1"),
-    "inverse not merged": ("inverse.py", "below = -tl.dot(below.to(DTYPE), first, input_precision=PRECISION)\n    tl.store(pointers", "below = below * 0\n    tl.store(pointers"),
+    "inverse not merged": ("inverse.py", "below = -tl.dot(below.to(DTYPE), first, input_precision=PRECISION)\n    tl.store(corner", "below = below * 0\n    tl.store(corner"),
     "inverse not substituted": ("inverse.py", "X = tl.where(k == r, X - tl.sum(a * X, axis=1)[:, None], X)", "X = X"),
     "uncentred weight": ("prepare.py", "c2 * (weight - width)", "c2 * (0 * weight)"),
     "adjoint without later blocks": ("adjoint.py", "acc1 = accumulate(acc1, p.to(DTYPE), g1, exact_one, PRECISION)", "acc1 = acc1"),
