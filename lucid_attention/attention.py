@@ -150,7 +150,7 @@ def lucid_attention_varlen(
     query, key, value = autocast(query), autocast(key), autocast(value)
     check_key_value(key, value, packed=True)
     check_query(query, key, packed=True)
-    check_cu_seqlens(cu_seqlens, max_seqlen, key.device)
+    check_cu_seqlens(cu_seqlens, max_seqlen, key)
     scale = resolve_scale("scale", scale, key.shape[-1], positive=False)
     max_seqlen = _longest(cu_seqlens, max_seqlen)
     preconditioned = precondition_varlen(

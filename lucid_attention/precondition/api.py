@@ -152,7 +152,7 @@ def precondition_varlen(
     impl = resolve_impl(impl)
     key, value = autocast(key), autocast(value)
     check_key_value(key, value, packed=True)
-    check_cu_seqlens(cu_seqlens, max_seqlen, key.device)
+    check_cu_seqlens(cu_seqlens, max_seqlen, key)
     kernel_scale = resolve_scale("kernel_scale", kernel_scale, key.shape[-1], positive=True)
     resolved = resolve_strength(strength, key, key.shape[1])
     if impl == "reference":

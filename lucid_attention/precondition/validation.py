@@ -195,8 +195,12 @@ def check_past(
     return past_key, past_preconditioned
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, device: torch.device) -> None:
-    """Check the offsets' type, shape and device; `check_offsets` checks what they say."""
+def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, packed: Tensor) -> None:
+    """Check the offsets' type, shape and device; `check_offsets` checks what they say.
+
+    Args:
+        packed: the packed tokens, ``(total, ..)``.
+    """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {_kind(cu_seqlens)}.")
     if cu_seqlens.dtype != torch.int32:
@@ -207,9 +211,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, device: torch.d
         raise ValueError(
             f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}."
         )
-    if cu_seqlens.device != device:
+    if cu_seqlens.device != packed.device:
         raise ValueError(
-            f"cu_seqlens must be on key's device, expected {device}, got {cu_seqlens.device}."
+            f"cu_seqlens must be on key's device, expected {packed.device}, got "
+            f"{cu_seqlens.device}."
+        )
+    if cu_seqlens.shape[0] == 1 and packed.shape[0] > 0:
+        raise ValueError(
+            f"cu_seqlens of one offset holds no sequence, but there are {packed.shape[0]} packed "
+            f"tokens. One sequence is [0, {packed.shape[0]}]."
         )
     if max_seqlen is None:
         return

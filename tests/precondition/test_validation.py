@@ -92,6 +92,8 @@ PACKED_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cu_seqlens": torch.tensor([0, 10])}, TypeError, r"cu_seqlens must be int32, got torch.int64.*to\(torch.int32\)"),
     ({"cu_seqlens": ints(0, 10)[None]}, ValueError, r"cu_seqlens must have shape \(sequences \+ 1,\), got \(1, 2\)"),
     ({"cu_seqlens": ints()}, ValueError, r"cu_seqlens must have shape \(sequences \+ 1,\), got \(0,\)"),
+    ({"cu_seqlens": ints(0)}, ValueError, r"cu_seqlens of one offset holds no sequence.*One sequence is \[0, 10\]"),
+    ({"cu_seqlens": ints(0), "max_seqlen": 10}, ValueError, r"holds no sequence, but there are 10 packed tokens"),
     ({"cu_seqlens": ints(0, 10).to("meta")}, ValueError, r"cu_seqlens must be on key's device"),
     ({"cu_seqlens": ints(1, 10)}, ValueError, r"cu_seqlens must start at 0, got 1"),
     ({"cu_seqlens": ints(0, 9)}, ValueError, r"cu_seqlens must end at .*expected 10, got 9"),
