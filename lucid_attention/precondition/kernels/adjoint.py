@@ -20,6 +20,7 @@ from .tiles import (
     announce,
     load_pieces,
     load_row_tile,
+    place_rows,
     power_of_two,
     range_exponent,
     similarity,
@@ -58,20 +59,12 @@ def adjoint_kernel(
     batch = (chain // heads).to(tl.int64)
     head = (chain % heads).to(tl.int64)
     index = tl.arange(0, R)
-    first = 0
+    rows, inside, count, first = place_rows(Blocks, block, blocks, length, index, R, PACKED)
     end = blocks
     if PACKED:
-        first_row = tl.load(Blocks + block)
-        count = tl.load(Blocks + blocks + block)
-        first = tl.load(Blocks + 2 * blocks + block)
         end = tl.load(Blocks + 3 * blocks + block)
-        rows = first_row + index
-        inside = index < count
         if count == 0:
             return
-    else:
-        rows = block * R + index
-        inside = rows < length
 
     slot = chain * blocks + first
     counter = Done + slot

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import load_row_tile, power_of_two, range_exponent, store_row_tile
+from .tiles import load_row_tile, place_rows, power_of_two, range_exponent, store_row_tile
 
 
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
@@ -21,18 +21,9 @@ def finish_kernel(
     batch = (chain // heads).to(tl.int64)
     head = (chain % heads).to(tl.int64)
     index = (program % 2) * 64 + tl.arange(0, 64)
-    first = 0
-    if PACKED:
-        first_row = tl.load(Blocks + block)
-        count = tl.load(Blocks + blocks + block)
-        first = tl.load(Blocks + 2 * blocks + block)
-        rows = first_row + index
-        inside = index < count
-        if count == 0:
-            return
-    else:
-        rows = block * 128 + index
-        inside = rows < length
+    rows, inside, count, first = place_rows(Blocks, block, blocks, length, index, 128, PACKED)
+    if PACKED and count == 0:
+        return
     sequence = chain * blocks + first
     live = inside
     if Mask is not None:

@@ -12,7 +12,7 @@ of 0: the solve goes on without it and its results are marked afterwards.
 import triton
 import triton.language as tl
 
-from .tiles import load_row_tile
+from .tiles import load_row_tile, place_rows
 
 
 @triton.jit
@@ -59,14 +59,8 @@ def prepare_kernel(
     batch = (chain // heads).to(tl.int64)
     head = (chain % heads).to(tl.int64)
     index = part * ROWS + tl.arange(0, ROWS)
-    slot = chain * blocks
-    if PACKED:
-        rows = tl.load(Blocks + block) + index
-        live = index < tl.load(Blocks + blocks + block)
-        slot += tl.load(Blocks + 2 * blocks + block)
-    else:
-        rows = block * R + index
-        live = rows < length
+    rows, live, _, first = place_rows(Blocks, block, blocks, length, index, R, PACKED)
+    slot = chain * blocks + first
     if Mask is not None:
         live = live & (tl.load(Mask + batch * length + rows, mask=live, other=0) != 0)
 

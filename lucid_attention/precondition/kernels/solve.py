@@ -20,6 +20,7 @@ from .tiles import (
     announce,
     load_pieces,
     load_row_tile,
+    place_rows,
     power_of_two,
     range_exponent,
     similarity,
@@ -74,19 +75,10 @@ def solve_kernel(
     batch = (chain // heads).to(tl.int64)
     head = (chain % heads).to(tl.int64)
     index = tl.arange(0, R)
-    first = 0
-    if PACKED:
-        first_row = tl.load(Blocks + block)
-        count = tl.load(Blocks + blocks + block)
-        first = tl.load(Blocks + 2 * blocks + block)
-        rows = first_row + index
-        live = index < count
-        if count == 0:
-            return
-    else:
-        rows = block * R + index
-        live = rows < length
-    inside = live
+    rows, inside, count, first = place_rows(Blocks, block, blocks, length, index, R, PACKED)
+    if PACKED and count == 0:
+        return
+    live = inside
     if Mask is not None:
         live = live & (tl.load(Mask + batch * length + rows, mask=live, other=0) != 0)
 

@@ -15,6 +15,26 @@ LANE = 16
 
 
 @triton.jit
+def place_rows(Blocks, block, blocks, length, index, R: tl.constexpr, PACKED: tl.constexpr):
+    """Rows ``index`` of a block: where they are, which of them exist; and about the block's sequence.
+
+    Returns: rows, whether each exists, how many do in the block (packed), the sequence's first block. See
+    ``plan._block_table``.
+    """
+    if PACKED:
+        rows = tl.load(Blocks + block) + index
+        count = tl.load(Blocks + blocks + block)
+        inside = index < count
+        first = tl.load(Blocks + 2 * blocks + block)
+    else:
+        rows = block * R + index
+        count = R + 0 * block
+        inside = rows < length
+        first = 0 * block
+    return rows, inside, count, first
+
+
+@triton.jit
 def load_row_tile(base, rows, stride, valid, width, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of a user's tensor, columns ``OFFSET : OFFSET + WIDTH``, 0 where not valid: (R, WIDTH)."""
     columns = OFFSET + tl.arange(0, WIDTH)

@@ -15,6 +15,7 @@ from .tiles import (
     accumulate,
     load_pieces,
     load_row_tile,
+    place_rows,
     power_of_two,
     range_exponent,
     similarity,
@@ -56,18 +57,9 @@ def toward_kernel(
     batch = (chain // heads).to(tl.int64)
     head = (chain % heads).to(tl.int64)
     index = tl.arange(0, R)
-    first = 0
-    if PACKED:
-        first_row = tl.load(Blocks + block)
-        count = tl.load(Blocks + blocks + block)
-        first = tl.load(Blocks + 2 * blocks + block)
-        rows = first_row + index
-        inside = index < count
-        if count == 0:
-            return
-    else:
-        rows = block * R + index
-        inside = rows < length
+    rows, inside, count, first = place_rows(Blocks, block, blocks, length, index, R, PACKED)
+    if PACKED and count == 0:
+        return
     slot = chain * blocks + first
     start = (chain.to(tl.int64) * blocks + block) * R
     DTYPE: tl.constexpr = Kh.dtype.element_ty
