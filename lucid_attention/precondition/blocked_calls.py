@@ -27,12 +27,14 @@ def solve_dense(
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     dtype = compute_dtype(value)
     chains = Chains(key, strength, key_mask, past_key, past_preconditioned, kernel_scale)
-    solution = flat(value, dtype, copy=True)
+    # What is returned must be no view: autograd refuses to change an operator's view in place.
+    solution = value.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    rows_of_chains = flat(solution, dtype)
     for part in chains.parts():
         past = chains.past(part)
         rows = Rows(chains.tokens(part), None, None)
-        blocked.solve(chains.keys(part), solution[part], chains.strength(part), rows, past)
-    return solution.view(value.shape).to(value.dtype)
+        blocked.solve(chains.keys(part), rows_of_chains[part], chains.strength(part), rows, past)
+    return solution.to(value.dtype)
 
 
 def adjoint_dense(

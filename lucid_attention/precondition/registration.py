@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 Operator = Callable[..., Any]
-_library = torch.library.Library("lucid_attention", "FRAGMENT")
+# One library an operator: reloading a module defines its operators anew, and takes back what it had.
+_libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})
 
 
 def operator(function: Callable[..., Any]) -> Operator:
@@ -23,16 +24,19 @@ def operator(function: Callable[..., Any]) -> Operator:
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if name in _libraries:
+        _libraries.pop(name)._destroy()
+    library = _libraries[name] = torch.library.Library("lucid_attention", "FRAGMENT")
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a model is compiled around an eager call, dynamo must not trace what is inside.
-    _library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
     overload: Operator = getattr(torch.ops.lucid_attention, name).default
     return overload
 
 
 def fake_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: shapes and dtypes of an operator's results, for tracing."""
-    return torch.library.register_fake(f"lucid_attention::{name}", lib=_library)
+    return torch.library.register_fake(f"lucid_attention::{name}", lib=_libraries[name])
 
 
 def differentiate(
@@ -60,4 +64,4 @@ def differentiate(
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*inputs)
 
-    _library.impl(name, autograd, "Autograd")
+    _libraries[name].impl(name, torch.compiler.disable(autograd), "Autograd")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -220,3 +223,29 @@ def test_neither_pass_holds_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(largest.elements)
     assert sizes[0] < 1024 * 1024 / 8
     assert sizes[1] <= 4.1 * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_tensors_of_their_own(dtype: torch.dtype) -> None:
+    """No views of something hidden: those could not be changed in place."""
+    key, value = torch.randn(2, 1, 2, 5, 4, dtype=dtype).unbind(0)
+    y = precondition(key.requires_grad_(), value.requires_grad_())
+    assert not y._is_view()
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()  # Y is what the gradients start from
+
+
+def test_reloading_defines_the_operators_anew() -> None:
+    code = (
+        "import importlib, torch, lucid_attention\n"
+        "names = ['precondition.operators', 'precondition.registration', 'precondition.operators',\n"
+        "         'blocked_softmax', 'precondition.api']\n"
+        "for name in names:\n"
+        "    module = importlib.reload(importlib.import_module('lucid_attention.' + name))\n"
+        "key = torch.randn(1, 1, 5, 4, requires_grad=True)\n"
+        "module.precondition(key, key).sum().backward()\n"
+        "assert key.grad.isfinite().all()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

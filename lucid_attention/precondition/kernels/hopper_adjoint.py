@@ -35,7 +35,8 @@ Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`
     stored      odd adder   its stores and additions are done      the even adder, before ``toward``
     meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 rows read
 
-Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has finished with u.
+Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has waited for its O of u,
+which reads the same buffer.
 """
 
 from __future__ import annotations
@@ -194,10 +195,11 @@ def _pairs(
         pieces.index(at).store(t1)
         pieces.index(at + 1).store(t2)
     fence_async_shared()
+    if LATE and FOLLOWS:
+        o = warpgroup_mma_wait(2, deps=[o])  # before the arrival: see the top of this file
     mbarrier.arrive(t_full)
     if LATE:
         if FOLLOWS:
-            o = warpgroup_mma_wait(2, deps=[o])
             _hand_over(o * unscale, staging, o_full, o_empty, use - 1, W)
         toward = warpgroup_mma_wait(1, deps=[toward])
         mbarrier.arrive(empty.index(stage))

@@ -217,7 +217,11 @@ class Call:
         return power - self.c2 * self.width
 
     def launch(self, kernel: Any, programs: int, *args: object, **constants: object) -> None:
-        """Launch ``kernel`` with its arguments in order; ``constants`` are its constexprs and options."""
+        """Launch ``kernel`` with its arguments in order; ``constants`` are its constexprs and options.
+
+        Triton's launch hooks (profilers) see every launch; its debugging knobs count when they are set before a
+        layout is met.
+        """
         which = (kernel, *constants.values())
         known = self._compiled.get(which)
         if known is not None:
@@ -225,7 +229,7 @@ class Call:
             compiled[programs, 1, 1](*args, *order)
             return
         compiled = kernel[programs,](*args, **constants)
-        if self._keep and not interpreted():
+        if self._keep and compiled is not None and not interpreted():
             names = kernel.arg_names[len(args) :]
             self._compiled[which] = compiled, tuple(constants[name] for name in names)
 
