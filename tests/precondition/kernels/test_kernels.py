@@ -14,9 +14,10 @@ from lucid_attention.precondition import operators
 from tests.conftest import HARD_KEYS, make_keys, relative_error
 from tests.precondition.test_definition import pack
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim > 0"
-)  # interpreter
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),  # nothing unwritten may be read
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),  # interpreter
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HALF = torch.float16
 

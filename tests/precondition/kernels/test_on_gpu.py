@@ -158,6 +158,22 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
         assert g[hit].isnan().all() and torch.equal(g[~hit], c[~hit])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
+    """Hopper's own kernels with every allocation full of NaN; the portable ones in test_kernels.py."""
+    assert torch.empty(3, device="cuda").isnan().all()
+    leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
+    options: dict[str, Any] = {}
+    if packed:
+        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
+    exact = run(widened(leaves), "reference", **options)
+    for g, e in zip(run(leaves, "triton", **options), exact, strict=True):
+        assert relative_error(g, e) < 1e-2
+
+
 @pytest.mark.parametrize("width", [64, 128, 68])
 def test_kept_kernels_fit_later_calls(width: int) -> None:
     """A launch that skips Triton's own look at the arguments must not meet others than it was made for."""
