@@ -29,11 +29,13 @@ def solve_dense(
     chains = Chains(key, strength, key_mask, past_key, past_preconditioned, kernel_scale)
     # What is returned must be no view: autograd refuses to change an operator's view in place.
     solution = value.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    rows_of_chains = flat(solution, dtype)
+    solved = flat(solution, dtype)
+    chains.confine(solved)
     for part in chains.parts():
         past = chains.past(part)
         rows = Rows(chains.tokens(part), None, None)
-        blocked.solve(chains.keys(part), rows_of_chains[part], chains.strength(part), rows, past)
+        blocked.solve(chains.keys(part), solved[part], chains.strength(part), rows, past)
+    chains.spoil_after(solved)
     return solution.to(value.dtype)
 
 
@@ -50,8 +52,8 @@ def adjoint_dense(
     """Gradients of key, value, strength and the past; empty where there is none."""
     dtype = compute_dtype(solution)
     chains = Chains(key, strength, key_mask, past_key, past_preconditioned, kernel_scale)
-    grad_value = flat(grad, dtype, copy=True)
-    flat_solution = flat(solution, dtype)
+    grad_value, flat_solution = flat(grad, dtype, copy=True), flat(solution, dtype, copy=True)
+    chains.confine(grad_value, flat_solution)
     grad_key = torch.empty_like(chains.key)
     grad_strength = grad_value.new_empty(grad_value.shape[0])
     grad_past_key, grad_past = _empty_past(chains)
@@ -69,10 +71,12 @@ def adjoint_dense(
         if found.past_key is not None and found.past_preconditioned is not None:
             grad_past_key[part] = found.past_key
             grad_past[part] = found.past_preconditioned
+    chains.spoil(grad_key, grad_value, grad_strength, grad_past_key, grad_past)
     batch, heads = key.shape[:2]
     if key_mask is not None:
         padding = ~key_mask[:, None, :, None]
         grad_key = grad_key.view(key.shape).masked_fill(padding, 0.0)
+        grad_value = grad_value.view(solution.shape).masked_fill(padding, 0.0)
     return (
         grad_key.view(key.shape).to(key.dtype),
         grad_value.view(solution.shape).to(solution.dtype),

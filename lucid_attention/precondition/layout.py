@@ -39,12 +39,52 @@ class Chains:
         self._strength = None if strength is None else strength.repeat(self.batch)
         self.past_key: Tensor | None = None
         self.past_preconditioned: Tensor | None = None
+        self.bad: Tensor | None = None
+        self.past_bad: Tensor | None = None
         if past_key is not None and past_preconditioned is not None:
             # A padded row of the past (y = 0) answers nothing; what its key holds must not matter.
             empty = (past_preconditioned == 0).all(-1, keepdim=True)
             past_key = torch.where(empty & ~past_key.isfinite(), 0.0, past_key)
             self.past_key = flat(past_key, self.dtype)
             self.past_preconditioned = flat(past_preconditioned, self.dtype)
+
+    def confine(self, *operands: Tensor) -> None:
+        """Set what is not finite to 0 in the keys, the past and, in place, flat ``operands``.
+
+        0 * NaN would spread it; `spoil` knows afterwards where it was.
+        """
+        if not _surely_finite(self.key, *operands):
+            self.bad = _not_finite(self.key, *operands)
+            if self.mask is not None:
+                self.bad &= self.mask.repeat_interleave(self.heads, 0)
+            self.key = torch.where(self.bad[..., None], 0.0, self.key)
+            for operand in operands:
+                operand.masked_fill_(self.bad[..., None], 0.0)
+        if self.past_key is None or self.past_preconditioned is None:
+            return
+        if not _surely_finite(self.past_key, self.past_preconditioned):
+            bad = _not_finite(self.past_key, self.past_preconditioned)[..., None]
+            self.past_bad = bad.flatten(1).any(1)
+            self.past_key = torch.where(bad, 0.0, self.past_key)
+            self.past_preconditioned = torch.where(bad, 0.0, self.past_preconditioned)
+
+    def spoil(self, *chains: Tensor) -> None:
+        """NaN into ``chains``, each ``(C, ..)``, where anything in the chain or its past was not finite."""
+        here = None if self.bad is None else self.bad.any(1)
+        for bad in (here, self.past_bad):
+            for x in chains:
+                if bad is not None and x.numel() > 0:
+                    x.masked_fill_(bad.view(-1, *[1] * (x.ndim - 1)), float("nan"))
+
+    def spoil_after(self, rows: Tensor) -> None:
+        """NaN into the tokens' rows from the first that was not finite on; from a past, into all."""
+        here = None if self.bad is None else self.bad.cumsum(1) > 0
+        before = None if self.past_bad is None else self.past_bad[:, None]
+        for bad in (here, before):
+            if bad is not None:
+                if self.mask is not None:
+                    bad = bad & self.mask.repeat_interleave(self.heads, 0)
+                rows.masked_fill_(bad[..., None], float("nan"))
 
     def parts(self) -> Iterator[slice]:
         return parts_of(self.key)
@@ -79,6 +119,15 @@ class Chains:
             return key[:, :1]
         first = tokens.to(torch.uint8).argmax(1, keepdim=True)
         return key.take_along_dim(first, 1)
+
+
+def _surely_finite(*rows: Tensor) -> bool:
+    """Whether all is finite, found out where that is cheap and does not synchronise: on a CPU."""
+    return rows[0].device.type == "cpu" and all(bool(x.sum().isfinite()) for x in rows)
+
+
+def _not_finite(*rows: Tensor) -> Tensor:
+    return ~torch.stack([x.isfinite().all(-1) for x in rows]).all(0)
 
 
 class Packed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -239,3 +241,41 @@ def test_reference_has_a_second_derivative() -> None:
         return precondition(key, value, impl="reference")
 
     assert torch.autograd.gradgradcheck(function, (key,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", ["key", "value", "grad", "past_key", "past"])
+def test_not_finite_spoils_its_head_and_no_other(place: str, dtype: torch.dtype) -> None:
+    """One rule for all implementations: Y from there on, and every gradient of that row and head."""
+    key = make_keys("cos0.5", 2, 2, 210, 8).to(dtype)
+    leaves = {
+        "key": key[:, :, 70:].clone(),
+        "value": torch.randn(2, 2, 140, 4, dtype=torch.float64).to(dtype),
+        "past_key": key[:, :, :70].clone(),
+        "past": torch.randn(2, 2, 70, 4, dtype=torch.float64).to(dtype),
+    }
+    grad = torch.randn(2, 2, 140, 4, dtype=torch.float64).to(dtype)
+    mask = torch.arange(140) != 50
+
+    def run(spoil: float | None) -> list[Tensor]:
+        spoiled = {name: x.clone() for name, x in leaves.items()} | {"grad": grad.clone()}
+        if spoil is not None:
+            spoiled[place][0, 1, 30, 2] = spoil
+        inputs = [spoiled[name].requires_grad_() for name in leaves]
+        y = precondition(
+            inputs[0], inputs[1], key_mask=mask[None].expand(2, -1), past=(inputs[2], inputs[3])
+        )
+        return [y, *torch.autograd.grad(y, inputs, spoiled["grad"])]
+
+    clean = run(None)
+    for spoil in (math.nan, math.inf):
+        y, *grads = run(spoil)
+        after = {"grad": 140, "past_key": 0, "past": 0}.get(place, 30)
+        assert y[0, 1, after:][mask[after:]].isnan().all()
+        assert torch.equal(y[0, 1, :after], clean[0][0, 1, :after])
+        for name, g, c in zip(leaves, grads, clean[1:], strict=True):
+            live = mask if name in ("key", "value") else slice(None)
+            assert g[0, 1][live].isnan().all(), name
+            for row, head in ((0, 0), (1, 0), (1, 1)):
+                assert torch.equal(g[row, head], c[row, head])
+        assert not any(x[0, 1, 50].any() for x in (y, *grads[:2]))
