@@ -17,7 +17,9 @@ Twelve warps: two groups of four take 64 rows of the block each; one warp loads 
 it is announced, two add to ``Toward`` by turns, because one addition takes about as long as the products of
 a tile. ``S`` of the next tile is under way while a tile ends, each product runs beside the arithmetic on
 the one before, and (``LATE``) the groups fill each other's gaps. Tiles have M columns: 64 for 128 features,
-128 for 64. Shared memory (swizzled, but for the last two):
+128 for 64. ``hopper_pairs.py`` has what a group does with a tile, ``hopper_couriers.py`` the single warps.
+
+Shared memory (swizzled, but for the last two):
 
     keys (2, 64, D)   solution (2, 64, E)   key_ring (2, M, D)   grad_ring (2, M, E)
     pieces: T twice, in tiles of 64 x 64   staging: O twice, a tile of 64 x 64 a group   norms (2, 64)
@@ -50,169 +52,36 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..numerics import KEY_EPS
 from .finish import finish_kernel
+from .hopper_couriers import add_up, load_grads, load_keys
+from .hopper_pairs import STAGES, hand_over, last_half, similarity, sweep_tile
 from .hopper_tiles import (
     accumulator,
     anew,
     exp2,
     fence_proxy,
     halves,
-    look_at,
     operand,
     power_of_two,
     range_exponent,
-    reduce_add,
-    stores_done,
     tile_descriptor,
-    wait_for,
 )
 from .plan import SHIFT_BACKWARD
 
 if TYPE_CHECKING:
     from .plan import Call, Control, Prepared
 
-STAGES = gl.constexpr(2)
-CHUNK = gl.constexpr(64)
 LONG = 16384
-"""From this length on, ``O`` comes a tile late (`_pairs`): 4 to 21 % faster at 16K to 128K tokens.
+"""From this length on, ``O`` comes a tile late (`hopper_pairs.py`): 4 to 21 % faster at 16K to 128K tokens.
 
-The code is longer for it: 2K tokens take 15 to 45 % longer, since a program that goes through most of the
-code once waits for instructions. At 4K there is no difference; one head of 8K is 6 % slower.
+The code is longer for it: 2K tokens take 15 to 45 % longer. Beside what is used there, 4K tokens are 1 to 2 %
+slower and one head of 8K 6 %.
 """
-
-
-@gluon.jit
-def _hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
-    """Give the adder a tile of 64 x 64, in the order of the registers: 16 bytes of a thread together."""
-    x = gl.permute(gl.reshape(x, (4, 2, 8, 8, 4, 2)), (3, 0, 2, 4, 1, 5))
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
-    x = gl.convert_layout(gl.reshape(x, (16, 256)), layout)
-    at = push % 2 * 2 + W
-    mbarrier.wait(o_empty.index(at), (push // 2 & 1) ^ 1)
-    staging.index(at).store(x)
-    fence_async_shared()
-    mbarrier.arrive(o_full.index(at))
-
-
-@gluon.jit
-def _similarity(own, ring, full, tile, pred):
-    """Start ``own . tile^T`` once the tile is there; with ``pred`` false it is on whatever is there."""
-    stage = tile % STAGES
-    mbarrier.wait(full.index(stage), (tile // STAGES) & 1, pred=pred)
-    M: gl.constexpr = ring.shape[1]
-    zero = gl.zeros([64, M], gl.float32, accumulator(M))
-    columns = ring.index(stage).permute((1, 0))
-    return warpgroup_mma(own, columns, zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr):
-    """Start ``O = T^T K`` of tile ``use``: all rows of T, and of O the group's part."""
-    if M == 64:
-        left = (use % 2) * 2
-        step: gl.constexpr = 1
-        k1 = keys.index(zero).slice(CHUNK * W, CHUNK, dim=1)
-        k2 = keys.index(zero + 1).slice(CHUNK * W, CHUNK, dim=1)
-    else:
-        left = (use % 2) * 4 + W
-        step: gl.constexpr = 2
-        k1 = keys.index(zero)
-        k2 = keys.index(zero + 1)
-    o = gl.zeros([64, 64], gl.float32, accumulator(64))
-    o = warpgroup_mma(pieces.index(left).permute((1, 0)), k1, o, use_acc=False, is_async=True)
-    return warpgroup_mma(pieces.index(left + step).permute((1, 0)), k2, o, is_async=True)
-
-
-@gluon.jit
-def _last_half(use, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr):  # fmt: skip
-    """What the last of several ``_pairs`` leaves to do."""
-    mbarrier.wait(t_full, use & 1)
-    o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W)])
-    _hand_over(o * unscale, staging, o_full, o_empty, use, W)
-
-
-@gluon.jit
-def _pairs(
-    s, acc, toward, total, tile, use, more, edge,
-    keys, solution, key_ring, grad_ring, pieces, staging,
-    key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-    W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
-    LATE: gl.constexpr, FOLLOWS: gl.constexpr,
-):  # fmt: skip
-    """One tile of columns; its ``S`` is under way, and so is the next one's on return.
-
-    ``LATE``: with the next tile, or in ``_last_half``, comes the tile's ``O``, for which both groups' T is
-    needed: then they may be up to a tile apart and fill each other's gaps. ``FOLLOWS``: there is a
-    tile before this one in the sweep.
-    ``EDGE``: only pairs of a row ``j`` and a column ``i`` with ``i + edge > j`` count.
-    """
-    M: gl.constexpr = key_ring.shape[1]
-    D: gl.constexpr = key_ring.shape[2]
-    stage = tile % STAGES
-    zero = anew()
-    s = warpgroup_mma_wait(0, deps=[s])
-    g = _similarity(solution.index(W + zero), grad_ring, grad_full, tile, True)
-    p = exp2(s * c2 + shift).to(gl.float16)
-    if ADJOINT:
-        E: gl.constexpr = grad_ring.shape[2]
-        acc = warpgroup_mma(operand(p, E), grad_ring.index(stage), acc, is_async=True)
-        g = warpgroup_mma_wait(1, deps=[g])
-    else:
-        g = warpgroup_mma_wait(0, deps=[g])
-    t = g * p.to(gl.float32)
-    if EDGE:
-        row = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(M)))
-        column = gl.arange(0, M, layout=gl.SliceLayout(0, accumulator(M)))
-        t = gl.where((column + edge)[None, :] > row[:, None], t, 0.0)
-    if SUM:
-        total += gl.sum(t, axis=1)
-    t = t.to(gl.float16)
-
-    if LATE:
-        if FOLLOWS:
-            # Both groups' T of the tile before is there; both have done with the one before that.
-            mbarrier.wait(t_full, (use & 1) ^ 1)
-            o = _other_half(use - 1, anew(), keys, pieces, M, W)
-            if ADJOINT:
-                acc = warpgroup_mma_wait(1, deps=[acc])
-        elif ADJOINT:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-    toward = warpgroup_mma(operand(t, D), key_ring.index(stage), toward, is_async=True)
-    if LATE:
-        s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
-    # The group's part of T for the other half, while the products above run.
-    if M == 64:
-        pieces.index((use % 2) * 2 + W).store(t)
-    else:
-        at = (use % 2) * 4 + 2 * W
-        t1, t2 = halves(t)
-        pieces.index(at).store(t1)
-        pieces.index(at + 1).store(t2)
-    fence_async_shared()
-    if LATE and FOLLOWS:
-        o = warpgroup_mma_wait(2, deps=[o])  # before the arrival: see the top of this file
-    mbarrier.arrive(t_full)
-    if LATE:
-        if FOLLOWS:
-            _hand_over(o * unscale, staging, o_full, o_empty, use - 1, W)
-        toward = warpgroup_mma_wait(1, deps=[toward])
-        mbarrier.arrive(empty.index(stage))
-    else:
-        if ADJOINT:
-            acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.wait(t_full, use & 1)
-        o = _other_half(use, zero, keys, pieces, M, W)
-        s = _similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
-        o, toward = warpgroup_mma_wait(1, deps=[o, toward])
-        mbarrier.arrive(empty.index(stage))
-        _hand_over(o * unscale, staging, o_full, o_empty, use, W)
-    return s, acc, toward, total
 
 
 @gluon.jit
@@ -271,16 +140,16 @@ def _group(
     sweep = (need - late) * PARTS
     gl.thread_barrier()  # here, not in the sweep
     if sweep > 0:
-        s = _similarity(keys.index(W + anew()), key_ring, key_full, 0, True)
+        s = similarity(keys.index(W + anew()), key_ring, key_full, 0, True)
         if LATE:
-            s, acc, toward, total = _pairs(
+            s, acc, toward, total = sweep_tile(
                 s, acc, toward, total, 0, 0, sweep > 1, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
                 W, True, False, SUM, True, False,
             )  # fmt: skip
         for tile in range(LATE, sweep):
-            s, acc, toward, total = _pairs(
+            s, acc, toward, total = sweep_tile(
                 s, acc, toward, total, tile, tile, tile + 1 < sweep, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
@@ -288,7 +157,7 @@ def _group(
             )  # fmt: skip
         warpgroup_mma_wait(0, deps=[s])
         if LATE:
-            _last_half(sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+            last_half(sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
     # What the block's end needs but does not have to wait for.
     strength = 1.0
     if Strength is not None:
@@ -300,9 +169,9 @@ def _group(
         # The next block: everything is ready when its dV comes.
         stage = sweep % STAGES
         other = (sweep + 1) % STAGES
-        s = _similarity(keys.index(W + anew()), key_ring, key_full, sweep, True)
+        s = similarity(keys.index(W + anew()), key_ring, key_full, sweep, True)
         if PARTS == 2:
-            s2 = _similarity(keys.index(W + anew()), key_ring, key_full, sweep + 1, True)
+            s2 = similarity(keys.index(W + anew()), key_ring, key_full, sweep + 1, True)
             s = warpgroup_mma_wait(1, deps=[s])
         else:
             s = warpgroup_mma_wait(0, deps=[s])
@@ -363,10 +232,10 @@ def _group(
     tile = need * PARTS
     tiles = (late + 1) * PARTS
     zero = anew()
-    s = _similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
+    s = similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
     if LATE:
         edge = gl.where(late > 0, 128, (PARTS - 1) * M - 64 * W)
-        s, acc, toward, total = _pairs(
+        s, acc, toward, total = sweep_tile(
             s, acc, toward, total, tile, sweep, tiles > 1, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,
             key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
@@ -375,7 +244,7 @@ def _group(
     for step in range(LATE, tiles):
         inner = step - (tiles - PARTS)
         edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
-        s, acc, toward, total = _pairs(
+        s, acc, toward, total = sweep_tile(
             s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,
             key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
@@ -384,137 +253,18 @@ def _group(
     warpgroup_mma_wait(0, deps=[s])
     if LATE:
         last = sweep + tiles - 1
-        _last_half(last, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+        last_half(last, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
     toward = toward * unscale
     if D == 64:
-        _hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
+        hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
     else:
         first, second = halves(toward)
-        _hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
-        _hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
+        hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
+        hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
     if Strength is not None:
         pairs = gl.sum(total, axis=0) * unscale * power_of_two(-exponent)
         pairs *= power_of_two(-range_exponent(gl.load(LargestSolution + sequence), 0))
         gl.store(StrengthSum + slot * 2 + W, gl.where(spoiled, float("nan"), -pairs))
-
-
-@gluon.jit
-def _prefetch(rows, stride, count, WIDTH: gl.constexpr):
-    """Bring a block's rows into the second-level cache; one warp."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    row = gl.minimum(gl.arange(0, 128, layout=layout), count - 1).to(gl.int64)
-    for column in gl.static_range(0, WIDTH, 64):
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(rows + row * stride + column).to(gl.int64, bitcast=True)],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@gluon.jit
-def _load_keys(
-    KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late,
-    Grad, grad_n, count, WIDTH: gl.constexpr,
-):  # fmt: skip
-    """Own keys, then the column tiles' keys in the order of the sweep; dY on its way near the end."""
-    M: gl.constexpr = key_ring.shape[1]
-    PARTS: gl.constexpr = 128 // M
-    mbarrier.expect(own, 2 * KeyRows.block_type.nbytes)
-    for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(KeyRows, [slot * 128 + 64 * half, 0], own, keys.index(half))
-    for tile in range((need + late + 1) * PARTS):
-        if tile == gl.maximum(need - 2, 0) * PARTS:
-            _prefetch(Grad, grad_n, count, WIDTH)
-        step = tile // PARTS
-        step = gl.where(step < need, step, step - late)
-        stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
-        mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
-        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
-        tma.async_copy_global_to_shared(
-            KeyTiles, [at, 0], key_full.index(stage), key_ring.index(stage)
-        )
-
-
-@gluon.jit
-def _load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
-    """DV of the column tiles, each once both halves of its block are announced."""
-    M: gl.constexpr = grad_ring.shape[1]
-    PARTS: gl.constexpr = 128 // M
-    ready = 0
-    for tile in range((need + late + 1) * PARTS):
-        step = tile // PARTS
-        step = gl.where(step < need, step, step - late)
-        stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
-        if ready < 2 * (step + 1):
-            ready = wait_for(Done, 2 * (step + 1))
-        mbarrier.expect(grad_full.index(stage), GradTiles.block_type.nbytes)
-        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
-        tma.async_copy_global_to_shared(
-            GradTiles, [at, 0], grad_full.index(stage), grad_ring.index(stage)
-        )
-
-
-@gluon.jit
-def _give(Toward, row, step, staging, o_full, o_empty, push, add, turn):
-    """Add, or store, the two groups' tiles of a push; done when they are in global memory.
-
-    Looks at ``turn`` while that takes its time.
-    """
-    at = push % 2 * 2
-    for w in gl.static_range(2):
-        mbarrier.wait(o_full.index(at + w), push // 2 & 1)
-        if add:
-            reduce_add(Toward, [row + w * step, 0], staging.index(at + w))
-        else:
-            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at + w))
-    seen = look_at(turn)
-    tma.store_wait(1)
-    mbarrier.arrive(o_empty.index(at))
-    tma.store_wait(0)
-    mbarrier.arrive(o_empty.index(at + 1))
-    stores_done(push)
-    gl.thread_barrier()
-    return seen
-
-
-@gluon.jit
-def _add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.constexpr, D: gl.constexpr, ODD: gl.constexpr):  # fmt: skip
-    """What this block gives to the later ones, each in its turn; then its own ``Toward``.
-
-    One warp for even pushes and one for odd ones: from a turn to the next program's turn takes about as
-    long as the products of a tile.
-    """
-    PARTS: gl.constexpr = 128 // M
-    SIDES: gl.constexpr = D // 64
-    # Counters of the blocks' parts in the order of the sweep, backwards; own ones last.
-    Turn += slot * PARTS
-    tiles = (need + 1) * PARTS
-    seen = 0
-    for push in range(ODD, tiles, 2):
-        part = tiles - 1 - push
-        ahead = part // PARTS
-        if seen < ahead:
-            wait_for(Turn + part, ahead)
-        # The groups' tiles are side by side (PARTS 2) or one below the other.
-        row = (slot * PARTS + part) * (M * D // 256)
-        turn = Turn + gl.maximum(part - 2, 0)
-        seen = _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0, turn)
-        if ahead > 0:
-            gl.atomic_xchg(Turn + part, ahead + 1, sem="release")
-    if ODD:
-        mbarrier.arrive(stored)
-    else:
-        mbarrier.wait(stored, 0)
-        for side in gl.static_range(SIDES):
-            row = (slot * 2 * SIDES + side) * 16
-            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
-        for part in gl.static_range(PARTS):
-            gl.atomic_xchg(Turn + part, 1, sem="release")
 
 
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom", "hurry"])
@@ -598,10 +348,10 @@ def hopper_adjoint_kernel(
             [
                 (_group, (group, gl.constexpr(0), WIDTH, SHIFT, LATE)),
                 (_group, (group, gl.constexpr(1), WIDTH, SHIFT, LATE)),
-                (_load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n, count, WIDTH)),
-                (_load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
-                (_add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
-                (_add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
+                (load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n, count, WIDTH)),
+                (load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
+                (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
+                (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
             ],
             [4, 1, 1, 1, 1],
             [240, 24, 24, 24, 24],

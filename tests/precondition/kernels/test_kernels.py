@@ -289,10 +289,10 @@ def test_nan_in_a_chunk_reaches_its_past(dtype: torch.dtype, device: str) -> Non
             assert g[:, 1].isnan().all() and torch.equal(g[:, 0], c[:, 0])
 
 
-@pytest.mark.parametrize("scale", [0.5, 1.0, 20.0])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 20.0])
 def test_large_kernel_scales(scale: float, device: str) -> None:
-    """float16 keys would be 5 % wrong at 1 and infinite at 20; these calls are float32 inside."""
-    leaves = operands("cos0.99", 1, 1, 200, 64, value_width=16, dtype=HALF, device=device)
+    """float16 keys would be .7 %, 5 % and 13 % wrong here; these calls are float32 inside."""
+    leaves = operands("repeated", 1, 1, 200, 64, value_width=16, dtype=HALF, device=device)
     exact = run(widened(leaves), "reference", kernel_scale=scale)
     for g, e in zip(run(leaves, "triton", kernel_scale=scale), exact, strict=True):
         assert relative_error(g, e) < 3e-3

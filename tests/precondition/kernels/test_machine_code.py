@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("machine_code.py")
@@ -54,7 +54,7 @@ def test_hopper_kernels(sizes: tuple[int, int], seq: int) -> None:
     assert [line for line in found if line["spoiled"] or line["serialised"]] == []
 
 
-@pytest.mark.skipif(triton.__version__ != "3.6.0", reason="the build was found with Triton 3.6.0")
 def test_the_scan_finds_the_build_that_is_known_bad() -> None:
+    """With the Triton of constraints.txt, 3.6.0; a newer one may need another build, or none of this file."""
     (line,) = report_of("known bad")
     assert line["spoiled"]

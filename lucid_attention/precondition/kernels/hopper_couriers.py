@@ -1,0 +1,135 @@
+"""The adjoint's single warps: two load what the groups read, two add what they give to other blocks.
+
+``hopper_adjoint.py`` says what they wait for.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+)
+
+from .hopper_pairs import STAGES
+from .hopper_tiles import look_at, reduce_add, stores_done, wait_for
+
+
+@gluon.jit
+def _prefetch(rows, stride, count, WIDTH: gl.constexpr):
+    """Bring a block's rows into the second-level cache; one warp."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row = gl.minimum(gl.arange(0, 128, layout=layout), count - 1).to(gl.int64)
+    for column in gl.static_range(0, WIDTH, 64):
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(rows + row * stride + column).to(gl.int64, bitcast=True)],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
+def load_keys(
+    KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late,
+    Grad, grad_n, count, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Own keys, then the column tiles' keys in the order of the sweep; dY on its way near the end."""
+    M: gl.constexpr = key_ring.shape[1]
+    PARTS: gl.constexpr = 128 // M
+    mbarrier.expect(own, 2 * KeyRows.block_type.nbytes)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(KeyRows, [slot * 128 + 64 * half, 0], own, keys.index(half))
+    for tile in range((need + late + 1) * PARTS):
+        if tile == gl.maximum(need - 2, 0) * PARTS:
+            _prefetch(Grad, grad_n, count, WIDTH)
+        step = tile // PARTS
+        step = gl.where(step < need, step, step - late)
+        stage = tile % STAGES
+        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
+        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
+        tma.async_copy_global_to_shared(
+            KeyTiles, [at, 0], key_full.index(stage), key_ring.index(stage)
+        )
+
+
+@gluon.jit
+def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
+    """DV of the column tiles, each once both halves of its block are announced."""
+    M: gl.constexpr = grad_ring.shape[1]
+    PARTS: gl.constexpr = 128 // M
+    ready = 0
+    for tile in range((need + late + 1) * PARTS):
+        step = tile // PARTS
+        step = gl.where(step < need, step, step - late)
+        stage = tile % STAGES
+        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        if ready < 2 * (step + 1):
+            ready = wait_for(Done, 2 * (step + 1))
+        mbarrier.expect(grad_full.index(stage), GradTiles.block_type.nbytes)
+        at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
+        tma.async_copy_global_to_shared(
+            GradTiles, [at, 0], grad_full.index(stage), grad_ring.index(stage)
+        )
+
+
+@gluon.jit
+def _give(Toward, row, step, staging, o_full, o_empty, push, add, turn):
+    """Add, or store, the two groups' tiles of a push; done when they are in global memory.
+
+    Looks at ``turn`` while that takes its time.
+    """
+    at = push % 2 * 2
+    for w in gl.static_range(2):
+        mbarrier.wait(o_full.index(at + w), push // 2 & 1)
+        if add:
+            reduce_add(Toward, [row + w * step, 0], staging.index(at + w))
+        else:
+            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at + w))
+    seen = look_at(turn)
+    tma.store_wait(1)
+    mbarrier.arrive(o_empty.index(at))
+    tma.store_wait(0)
+    mbarrier.arrive(o_empty.index(at + 1))
+    stores_done(push)
+    gl.thread_barrier()
+    return seen
+
+
+@gluon.jit
+def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.constexpr, D: gl.constexpr, ODD: gl.constexpr):  # fmt: skip
+    """What this block gives to the later ones, each in its turn; then its own ``Toward``.
+
+    One warp for even pushes and one for odd ones: from a turn to the next program's turn takes about as
+    long as the products of a tile.
+    """
+    PARTS: gl.constexpr = 128 // M
+    SIDES: gl.constexpr = D // 64
+    # Counters of the blocks' parts in the order of the sweep, backwards; own ones last.
+    Turn += slot * PARTS
+    tiles = (need + 1) * PARTS
+    seen = 0
+    for push in range(ODD, tiles, 2):
+        part = tiles - 1 - push
+        ahead = part // PARTS
+        if seen < ahead:
+            wait_for(Turn + part, ahead)
+        # The groups' tiles are side by side (PARTS 2) or one below the other.
+        row = (slot * PARTS + part) * (M * D // 256)
+        turn = Turn + gl.maximum(part - 2, 0)
+        seen = _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0, turn)
+        if ahead > 0:
+            gl.atomic_xchg(Turn + part, ahead + 1, sem="release")
+    if ODD:
+        mbarrier.arrive(stored)
+    else:
+        mbarrier.wait(stored, 0)
+        for side in gl.static_range(SIDES):
+            row = (slot * 2 * SIDES + side) * 16
+            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
+        for part in gl.static_range(PARTS):
+            gl.atomic_xchg(Turn + part, 1, sem="release")
