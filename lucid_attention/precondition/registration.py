@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 Operator = Callable[..., Any]
-# One library an operator: reloading a module defines its operators anew, and takes back what it had.
+# One library an operator: a module that is reloaded defines its operators anew, and the libraries that it
+# replaces take back what they had. This dict outlives a reload of this module.
 _libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})
 
 
@@ -24,8 +25,6 @@ def operator(function: Callable[..., Any]) -> Operator:
     """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
-    if name in _libraries:
-        _libraries.pop(name)._destroy()
     library = _libraries[name] = torch.library.Library("lucid_attention", "FRAGMENT")
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a model is compiled around an eager call, dynamo must not trace what is inside.
