@@ -74,9 +74,7 @@ def _solve(
             key, value, kernel_scale, (strength, key_mask), offsets, longest, keep=past is None
         )
         geometry = call.geometry
-        reference = stages.reference(
-            call, geometry, key, key_mask, None if past is None else past[0]
-        )
+        reference = stages.reference(call, key, key_mask, past)
         control = Control(key, *[geometry.slots] * 3)
         _, largest, bad = control.parts
         right = value
@@ -126,9 +124,7 @@ def _adjoint(
             keep=past is None,
         )  # fmt: skip
         geometry = call.geometry
-        reference = stages.reference(
-            call, geometry, key, key_mask, None if past is None else past[0]
-        )
+        reference = stages.reference(call, key, key_mask, past)
         control = Control(key, *[geometry.slots] * 4, 2 * geometry.slots)
         _, largest, largest_solution, bad, _ = control.parts
         before = None if past is None else _past(call, *past, reference)

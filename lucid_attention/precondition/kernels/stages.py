@@ -227,16 +227,17 @@ def answer(call: Call, geometry: Geometry, prepared: Prepared, columns: Prepared
 
 
 def reference(
-    call: Call, geometry: Geometry, key: Tensor, mask: Tensor | None, past_key: Tensor | None
+    call: Call, key: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
 ) -> Tensor | None:
     """float32 only: the key that a sequence's kernel is centred on, its first, at length sqrt(D)."""
     if not call.plan.centred:
         return None
+    geometry = call.geometry
     if geometry.table is not None:
         rows = geometry.table[0].clamp(max=max(0, geometry.length - 1))
         first = key.index_select(0, rows).transpose(0, 1)
-    elif past_key is not None:
-        first = past_key[:, :, :1]
+    elif past is not None:
+        first = past[0][:, :, :1]
     elif mask is None:
         first = key[:, :, :1]
     else:
