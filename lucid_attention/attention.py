@@ -366,11 +366,13 @@ def _extend(
     width = max(query.shape[-1], value.shape[-1])
     if query.is_cuda:  # the fused kernels want 16 bytes of alignment
         width = -(-width // 8) * 8
-    return (
-        F.pad(query, (0, width - query.shape[-1])),
-        F.pad(key, (0, width - key.shape[-1])),
-        F.pad(value, (0, width - value.shape[-1])),
-    )
+    return _widen(query, width), _widen(key, width), _widen(value, width)
+
+
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    """Zeros up to ``width`` features. By nothing is no call: ``F.pad`` would copy, and its gradient too."""
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _sdpa(
@@ -409,7 +411,7 @@ def _packed_kernel(
 ) -> Tensor:
     """PyTorch's packed flash attention: one width for all operands, a multiple of 8."""
     width = -(-max(query.shape[-1], value.shape[-1]) // 8) * 8
-    query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    query, key, value = (_widen(x, width) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

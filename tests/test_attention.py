@@ -365,6 +365,28 @@ def test_forward_mode_is_refused_where_it_would_be_zero() -> None:
         torch.func.jvp(softcapped, (value,), (value,))
 
 
+@pytest.mark.parametrize("value_width", [16, 8])
+@pytest.mark.parametrize(
+    ("device", "packed"), [("cpu", False), *(pytest.param("cuda", x, marks=pytest.mark.gpu) for x in (False, True))]
+)  # fmt: skip
+def test_operands_of_one_width_are_not_copied(device: str, packed: bool, value_width: int) -> None:
+    """Padding by nothing is a copy each of query, key and value, and another of each gradient."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    leaves = [
+        torch.randn(1, 2, 40, width, device=device, dtype=dtype, requires_grad=True)
+        for width in (16, 16, value_width)
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        if packed:
+            offsets = pack((30, 10)).to(device)
+            output = softmax_attention_varlen(*(x[0].transpose(0, 1) for x in leaves), offsets)
+        else:
+            output = softmax_attention(*leaves)
+        output.sum().backward()
+    pads = sum(event.name == "aten::constant_pad_nd" for event in profile.events())
+    assert (pads == 0) == (value_width == 16)
+
+
 def peak_mib(function, *args, **kwargs) -> float:  # type: ignore[no-untyped-def]
     """Peak resident memory above the start while ``function`` runs, in MiB."""
     gc.collect()
