@@ -18,7 +18,7 @@ from .precondition.autocast import no_autocast
 from .precondition.blocked import BLOCK, tile_elements
 from .precondition.differentiation import no_second_derivative
 from .precondition.numerics import compute_dtype
-from .precondition.registration import differentiate, fake_of, operator
+from .precondition.registration import fake_of, operator
 
 
 @operator
@@ -138,15 +138,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.lucid_attention.blocked_softmax_backward(
-        grad, *ctx.saved_tensors, *ctx.options
-    )
+    grads = blocked_softmax_backward(grad, *ctx.saved_tensors, *ctx.options)
     sinks = None if ctx.saved_tensors[-1] is None else grads[3]
     return (*grads[:3], None, None, None, sinks, None, None, None)
 
 
-differentiate("blocked_softmax", _backward, _save)
-differentiate("blocked_softmax_backward", no_second_derivative)
+blocked_softmax.differentiate(_backward, _save)
+blocked_softmax_backward.differentiate(no_second_derivative)
 
 
 class _Gradients(NamedTuple):

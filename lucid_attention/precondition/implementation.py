@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from . import blocked_calls
 
 LARGEST_HEAD_DIM = 256
 TESTED = (("NVIDIA H200", (9, 0), "3.6.0"),)
@@ -32,16 +35,18 @@ def choose(impl: str, key: Tensor, value: Tensor, past_key: Tensor | None = None
     if impl != "blocked":
         reason = why_no_kernels(key, value, interpreter=impl == "triton")
         if reason is None and not (impl == "auto" and _short_chunk(key, past_key)):
-            from .kernels import launch
-
-            return launch
+            return _kernels()
         if impl == "triton":
             raise ValueError(
                 f"impl='triton' cannot serve this call: {reason}. Use impl='auto' or impl='blocked'."
             )
-    from . import blocked_calls
-
     return blocked_calls
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """Triton is asked for when a kernel first is."""
+    return importlib.import_module(".kernels.launch", __package__)
 
 
 def why_no_kernels(key: Tensor, value: Tensor, *, interpreter: bool = False) -> str | None:

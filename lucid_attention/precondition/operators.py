@@ -16,7 +16,7 @@ from .autocast import no_autocast
 from .differentiation import no_second_derivative
 from .implementation import choose
 from .numerics import compute_dtype
-from .registration import differentiate, fake_of, operator
+from .registration import fake_of, operator
 from .validation import check_strength_contents
 
 
@@ -74,9 +74,9 @@ def precondition_backward(
         return (
             grads[0],
             grads[1],
-            _like(grads[2], strength),
-            _like(grads[3], past_key),
-            _like(grads[4], past_preconditioned),
+            _like(grads[2], strength, key),
+            _like(grads[3], past_key, key),
+            _like(grads[4], past_preconditioned, key),
         )
 
 
@@ -149,7 +149,7 @@ def precondition_varlen_backward(
         grads = choose(impl, key, solution).adjoint_packed(
             grad, key, solution, cu_seqlens, strength, max_seqlen, kernel_scale
         )
-        return grads[0], grads[1], _like(grads[2], strength)
+        return grads[0], grads[1], _like(grads[2], strength, key)
 
 
 @fake_of("precondition_varlen_backward")
@@ -203,16 +203,16 @@ def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grads[0], grads[1], None, strength, None, None, None
 
 
-differentiate("precondition", _backward, _save)
-differentiate("precondition_varlen", _backward_varlen, _save_varlen)
-differentiate("precondition_backward", no_second_derivative)
-differentiate("precondition_varlen_backward", no_second_derivative)
+precondition.differentiate(_backward, _save)
+precondition_varlen.differentiate(_backward_varlen, _save_varlen)
+precondition_backward.differentiate(no_second_derivative)
+precondition_varlen_backward.differentiate(no_second_derivative)
 
 
-def _like(grad: Tensor, operand: Tensor | None) -> Tensor:
+def _like(grad: Tensor | None, operand: Tensor | None, key: Tensor) -> Tensor:
     """``grad`` in its operand's shape and dtype; an empty tensor where there is no operand."""
-    if operand is None:
-        return grad.new_empty(0)
+    if operand is None or grad is None:
+        return key.new_empty(0, dtype=compute_dtype(key))
     return grad.view(operand.shape).to(operand.dtype)
 
 

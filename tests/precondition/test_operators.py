@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lucid_attention import (
     lucid_attention,
@@ -39,13 +42,15 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
     past_y = torch.randn(2, 2, 7, 4, requires_grad=True)  # float32, also for bfloat16 values
     extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
     torch.library.opcheck(
-        operators.precondition, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS
+        operators.precondition.overload, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS
     )
     y = operators.precondition(key, value, *extra, 0.4, "auto").detach()
     backward = (torch.randn_like(y), key.detach(), y)
     detached = tuple(x if x is None else x.detach() for x in extra)
     torch.library.opcheck(
-        operators.precondition_backward, (*backward, *detached, 0.4, "auto"), test_utils=CHECKS
+        operators.precondition_backward.overload,
+        (*backward, *detached, 0.4, "auto"),
+        test_utils=CHECKS,
     )
 
 
@@ -55,7 +60,7 @@ def test_opcheck_packed(longest: int | None) -> None:
     value = torch.randn(20, 2, 4, requires_grad=True)
     strength = torch.tensor([0.3, 1.0], requires_grad=True)
     args = (key, value, pack((8, 0, 12)), strength, longest, 0.4, "auto")
-    torch.library.opcheck(operators.precondition_varlen, args, test_utils=CHECKS)
+    torch.library.opcheck(operators.precondition_varlen.overload, args, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -67,7 +72,7 @@ def test_opcheck_blocked_softmax(softcap: float | None) -> None:
     position = torch.arange(9)
     mask = torch.rand(2, 12) > 0.2
     args = (query, key, value, position * 0, position + 3, mask, sinks, 0.4, softcap, None)
-    torch.library.opcheck(blocked_softmax, args, test_utils=CHECKS)
+    torch.library.opcheck(blocked_softmax.overload, args, test_utils=CHECKS)
 
 
 def test_fakes_cost_nothing() -> None:
@@ -234,6 +239,57 @@ def test_results_are_tensors_of_their_own(dtype: torch.dtype) -> None:
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()  # Y is what the gradients start from
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(Tensor):
+    """A subclass of a tensor, with nothing of its own but the name."""
+
+
+def test_whoever_listens_hears_of_the_operator() -> None:
+    """The way without the dispatcher is for calls that only autograd cares about; results are the same."""
+    key, value = (x.requires_grad_() for x in torch.randn(2, 1, 2, 9, 4).unbind(0))
+    grad = torch.randn(1, 2, 9, 4)
+    y = precondition(key, value)
+    expected = [y, *torch.autograd.grad(y, (key, value), grad)]
+    with Seen() as seen:
+        y = precondition(key, value)
+        got = [y, *torch.autograd.grad(y, (key, value), grad)]
+    for name in ("precondition", "precondition_backward"):
+        assert f"lucid_attention.{name}.default" in seen.names
+    through = operators.precondition.overload(
+        key, value, None, None, None, None, 4**-0.5, "reference"
+    )
+    assert relative_error(through, expected[0]) < 1e-5 and through.requires_grad
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+    assert type(precondition(key.as_subclass(Wrapped), value)) is Wrapped
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(key.detach())
+    with mode:
+        assert precondition(fake, fake).shape == value.shape
+    with torch.no_grad():
+        assert not precondition(key, value).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(precondition(key, value), expected[0])
+
+
+def test_second_derivatives_are_refused() -> None:
+    key = torch.randn(1, 1, 9, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(precondition(key, key).sum(), key, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.sum(), key)
 
 
 def test_reloading_defines_the_operators_anew() -> None:
