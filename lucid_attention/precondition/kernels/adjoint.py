@@ -44,9 +44,9 @@ def norm_exponent(x1, x2, E1: tl.constexpr, E2: tl.constexpr, SHIFT: tl.constexp
 
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
 def adjoint_kernel(
-    Kh, Wt, T, Live, Grad, grad_b, grad_h, grad_n, Solution, solution_b, solution_h, solution_n,
-    Gh, Yh, GradValue, out_b, out_h, out_n, Toward, TowardSum, StrengthSum,
+    Kh, Wt, T, Live, Grad, Solution, Gh, Yh, GradValue, Toward, TowardSum, StrengthSum,
     Strength, Blocks, Done, LargestGrad, LargestSolution, Bad, Ticket,
+    grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
     heads, chains, blocks, length, value_width, headroom, c2, shift, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,

@@ -8,8 +8,8 @@ from .tiles import load_row_tile, place_rows, power_of_two, range_exponent, stor
 
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
 def finish_kernel(
-    Toward, Key, key_b, key_h, key_n, GradKey, out_b, out_h, out_n,
-    Mask, Strength, Blocks, LargestGrad, LargestSolution, Bad,
+    Toward, Key, GradKey, Mask, Strength, Blocks, LargestGrad, LargestSolution, Bad,
+    key_b, key_h, key_n, out_b, out_h, out_n,
     heads, chains, blocks, length, headroom, width, scale, eps,
     D: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip

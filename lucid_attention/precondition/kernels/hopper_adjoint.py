@@ -9,8 +9,8 @@ these are. ``O`` is added to ``Toward`` in global memory, to each block by its p
 its own part is there first, then block ``i - 1`` adds, then ``i - 2``, each when ``Turn`` says so. Programs
 sweep in the same order, so turns are there in time, and every sum has one order.
 
-In a hurry, when blocks wait for each other, the sweep ends before the next block: first only what dV
-needs of it, then dV itself, announced, and after that the key gradient's terms of the next block.
+With few blocks (not ``LATE``) the sweep ends before the next block: first only what dV needs of it, then dV
+itself, announced, and after that the key gradient's terms of the next block; so the next program waits less.
 The pairs inside the block (``j < i``) come last. Nobody waits for those, except for a turn.
 
 Twelve warps: two groups of four take 64 rows of the block each; one warp loads keys, one loads dV as
@@ -21,37 +21,39 @@ the one before, and (``LATE``) the groups fill each other's gaps. Tiles have M c
 
 Shared memory (swizzled, but for the last two):
 
-    keys (2, 64, D)   solution (2, 64, E)   key_ring (2, M, D)   grad_ring (2, M, E)
-    pieces: T twice, in tiles of 64 x 64   staging: O twice, a tile of 64 x 64 a group   norms (2, 64)
+    keys (2, 64, D)   solution (2, 64, E)   key_ring (3, M, D)   grad_ring (2, M, E)
+    pieces: T twice, in tiles of 64 x 64, and between sweeps the block's rows of dV
+    staging: three tiles of 64 x 64 of O   norms (2, 64)
 
-Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, and
-``q`` what the groups give to the adder, first their O, last their rows of ``toward``:
+Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, ``q`` what the
+groups give to the adders, first their O, last their rows of ``toward``, and ``b = 2 q + group``:
 
     own         bytes       once                                   both groups
-    key_full    bytes       n // 2 at n % 2                        both groups
+    key_full    bytes       n // 3 at n % 3                        both groups
     grad_full   bytes       n // 2 at n % 2                        both groups
-    empty       2 groups    n // 2 at n % 2, tile n was used       both loaders, before tile n + 2
+    empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + 3 and n + 2
     t_full      2 groups    u, T is in pieces                      both groups, before their O
-    o_full      1 group     q // 2 at q % 2 and the group          the adder of q
-    o_empty     its adder   q // 2 at q % 2 and the group          the group, before q + 2
+    o_full      1 group     b // 3 at b % 3                        the adder of q
+    o_empty     its adder   b // 3 at b % 3                        whose buffer it is next, before b + 3
     stored      odd adder   its stores and additions are done      the even adder, before ``toward``
-    meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 rows read
+    meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 read, 4 free
+                            again, 5 all O handed over, 6 half of ``toward``, too (D = 128)
 
 Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has waited for its O of u,
-which reads the same buffer.
+which reads the same buffer. A wait tells a phase from the next one only, not from the one after: where a
+group could get two ahead, the two meet (5, 6).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -59,38 +61,72 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..numerics import KEY_EPS
 from .finish import finish_kernel
 from .hopper_couriers import add_up, load_grads, load_keys
-from .hopper_pairs import STAGES, hand_over, last_half, similarity, sweep_tile
+from .hopper_pairs import (
+    BUFFERS,
+    GRAD_STAGES,
+    KEY_STAGES,
+    USED,
+    hand_over,
+    last_half,
+    similarity,
+    sweep_tile,
+)
 from .hopper_tiles import (
     accumulator,
     anew,
     exp2,
-    fence_proxy,
     halves,
     operand,
+    place_ticket,
     power_of_two,
     range_exponent,
-    tile_descriptor,
+    stores_done,
 )
-from .plan import SHIFT_BACKWARD
+from .plan import SHIFT_BACKWARD, rounds
 
 if TYPE_CHECKING:
-    from .plan import Call, Control, Prepared
+    from .plan import Run
 
-LONG = 16384
-"""From this length on, ``O`` comes a tile late (`hopper_pairs.py`): 4 to 21 % faster at 16K to 128K tokens.
+LATE_FROM = {64: 1024, 128: 1536}
+"""From this many blocks on, by head size, ``O`` comes a tile late (`hopper_pairs.py`).
 
-The code is longer for it: 2K tokens take 15 to 45 % longer. Beside what is used there, 4K tokens are 1 to 2 %
-slower and one head of 8K 6 %.
+Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to
+the next, which is longer so (a chain of 8K tokens: by 19 %).
 """
 
 
 @gluon.jit
 def _inverse(T, quadrant, E: gl.constexpr):
-    """A quadrant of the prepared inverse, transposed, as a left operand."""
-    layout: gl.constexpr = gl.DotOperandLayout(0, accumulator(E), 2)
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    return gl.load(T + quadrant * 4096 + column[None, :] * 64 + row[:, None])
+    """A quadrant of the prepared inverse, transposed, as a left operand: 64 bytes of a thread, as `inverse` left them."""
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, 4], [1, 0])
+    step = gl.arange(0, 4, layout=gl.SliceLayout(1, plain))
+    entry = gl.arange(0, 1024, layout=gl.SliceLayout(0, plain))
+    x = gl.load(T + quadrant * 4096 + step[:, None] * 1024 + entry[None, :])
+    x = gl.permute(gl.reshape(x, (4, 4, 8, 4, 2, 2, 2)), (1, 5, 2, 0, 4, 3, 6))
+    return gl.convert_layout(gl.reshape(x, (64, 64)), gl.DotOperandLayout(0, accumulator(E), 2))
+
+
+@gluon.jit
+def _rows_at(base, stride, first_row, count, width: gl.constexpr, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Pointers to a group's rows of a user's tensor, and which of their entries exist."""
+    row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, E, layout=gl.SliceLayout(0, layout))
+    pointers = base + (first_row + row).to(gl.int64)[:, None] * stride + column[None, :]
+    return pointers, row, (row < count)[:, None] & (column < width)[None, :]
+
+
+@gluon.jit
+def _load_rows(base, stride, WIDTH: gl.constexpr, Live, slot, first_row, count, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """A group's rows, 0 where there is no token."""
+    pointers, row, inside = _rows_at(base, stride, first_row, count, WIDTH, W, E, layout)
+    live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
+    return gl.load(pointers, mask=inside & live[:, None], other=0.0)
+
+
+@gluon.jit
+def _store_rows(base, stride, WIDTH: gl.constexpr, first_row, count, x, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    pointers, _, inside = _rows_at(base, stride, first_row, count, WIDTH, W, E, layout)
+    gl.store(pointers, x, mask=inside)
 
 
 @gluon.jit
@@ -101,9 +137,9 @@ def _group(
     (
         keys, solution, key_ring, grad_ring, pieces, staging, norms,
         own, key_full, grad_full, empty, t_full, o_full, o_empty, meet,
-        T, Live, Grad, grad_n, Solution, solution_n, Gh, GradValue, out_n, StrengthSum, Strength,
+        T, Live, Grad, grad_n, Solution, solution_n, GradRows, GradValue, out_n, StrengthSum, Strength,
         Done, LargestGrad, LargestSolution, Bad,
-        slot, sequence, need, late, first_row, count, headroom, c2, shift,
+        slot, sequence, need, first_row, count, headroom, c2, shift,
     ) = everything  # fmt: skip
     M: gl.constexpr = key_ring.shape[1]
     D: gl.constexpr = key_ring.shape[2]
@@ -134,11 +170,13 @@ def _group(
 
     acc = gl.zeros([64, E], gl.float32, accumulator(E))
     toward = gl.zeros([64, D], gl.float32, accumulator(D))
-    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, accumulator(M)))
     mbarrier.wait(own, 0)
-    T += slot.to(gl.int64) * (3 * 4096)
+    late = 0
+    if not LATE:
+        late = gl.minimum(need, 1)
     sweep = (need - late) * PARTS
     gl.thread_barrier()  # here, not in the sweep
+    total = 0.0
     if sweep > 0:
         s = similarity(keys.index(W + anew()), key_ring, key_full, 0, True)
         if LATE:
@@ -146,65 +184,80 @@ def _group(
                 s, acc, toward, total, 0, 0, sweep > 1, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, True, False, SUM, True, False,
+                W, True, False, False, True, False,
             )  # fmt: skip
         for tile in range(LATE, sweep):
             s, acc, toward, total = sweep_tile(
                 s, acc, toward, total, tile, tile, tile + 1 < sweep, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, True, False, SUM, LATE, True,
+                W, True, False, False, LATE, True,
             )  # fmt: skip
         warpgroup_mma_wait(0, deps=[s])
         if LATE:
             last_half(sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
     # What the block's end needs but does not have to wait for.
+    # The block's place is found once more from here on: the sweep has no registers for what it does not need.
+    slot += anew()
+    T += slot.to(gl.int64) * (3 * 4096)
     strength = 1.0
     if Strength is not None:
         strength = gl.load(Strength).to(gl.float32)
     exponent = range_exponent(gl.load(LargestGrad + sequence), headroom)
     # The pieces of T are free for the block's rows once both groups are here.
     mbarrier.arrive(meet)
-    if late > 0:
-        # The next block: everything is ready when its dV comes.
-        stage = sweep % STAGES
-        other = (sweep + 1) % STAGES
-        s = similarity(keys.index(W + anew()), key_ring, key_full, sweep, True)
-        if PARTS == 2:
-            s2 = similarity(keys.index(W + anew()), key_ring, key_full, sweep + 1, True)
-            s = warpgroup_mma_wait(1, deps=[s])
-        else:
-            s = warpgroup_mma_wait(0, deps=[s])
-        p = operand(exp2(s * c2 + shift), E)
-        if PARTS == 2:
-            s2 = warpgroup_mma_wait(0, deps=[s2])
-            p2 = operand(exp2(s2 * c2 + shift), E)
-        left = _inverse(T, 1 + W, E)
-        mbarrier.wait(grad_full.index(stage), (sweep // STAGES) & 1)
-        acc = warpgroup_mma(p, grad_ring.index(stage), acc, is_async=True)
-        if PARTS == 2:
-            mbarrier.wait(grad_full.index(other), ((sweep + 1) // STAGES) & 1)
-            acc = warpgroup_mma(p2, grad_ring.index(other), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage))
-        if PARTS == 2:
-            mbarrier.arrive(empty.index(other))
-    else:
-        left = _inverse(T, 1 + W, E)
-
-    row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(E)))
-    column = gl.arange(0, E, layout=gl.SliceLayout(0, accumulator(E)))
-    place = (first_row + row).to(gl.int64)[:, None]
-    inside = (row < count)[:, None] & (column < WIDTH)[None, :]
-    live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
-    r = gl.load(Grad + place * grad_n + column[None, :], mask=inside, other=0.0).to(gl.float32)
-    r *= power_of_two(exponent)
-    r = gl.where(gl.abs(r) < float("inf"), r, 0.0)
-    r -= acc * (strength * power_of_two(0 * exponent - SHIFT))
-    r = gl.where(live[:, None], r, 0.0)
     rows = pieces._reinterpret(gl.float16, [2, 64, E], pieces.layout)
+    mine = rows.index(W)
+    # Two bytes an entry go through shared memory, so that threads move 16 bytes of a row; four go as they are.
+    NARROW: gl.constexpr = Grad.dtype.element_ty.primitive_bitwidth == 16
+    EXCHANGE: gl.constexpr = NARROW and E <= 64  # or there are no registers to load so early
+    if EXCHANGE:
+        r = _load_rows(Grad, grad_n, WIDTH, Live, slot, first_row, count, W, E, plain)
+    spoiled = gl.load(Bad + sequence) > 0
+    left = _inverse(T, 1 + W, E)
+    if not LATE:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        # The next block: everything is ready when its dV comes.
+        if late > 0:
+            s = similarity(keys.index(W + anew()), key_ring, key_full, sweep, True)
+            if PARTS == 2:
+                s2 = similarity(keys.index(W + anew()), key_ring, key_full, sweep + 1, True)
+                s = warpgroup_mma_wait(1, deps=[s])
+            else:
+                s = warpgroup_mma_wait(0, deps=[s])
+            p = operand(exp2(s * c2 + shift), E)
+            if PARTS == 2:
+                s2 = warpgroup_mma_wait(0, deps=[s2])
+                p2 = operand(exp2(s2 * c2 + shift), E)
+            stage = sweep % GRAD_STAGES
+            mbarrier.wait(grad_full.index(stage), (sweep // GRAD_STAGES) & 1)
+            acc = warpgroup_mma(p, grad_ring.index(stage), acc, is_async=True)
+            if PARTS == 2:
+                other = (sweep + 1) % GRAD_STAGES
+                mbarrier.wait(grad_full.index(other), ((sweep + 1) // GRAD_STAGES) & 1)
+                acc = warpgroup_mma(p2, grad_ring.index(other), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index(sweep % USED))
+            if PARTS == 2:
+                mbarrier.arrive(empty.index((sweep + 1) % USED))
+
+    pairs = 0.0
+    if SUM:  # of all pairs with later blocks: sum_ji y_j . P_ij dV_i
+        y = solution.index(W).load(accumulator(E)).to(gl.float32)
+        pairs = gl.sum(gl.sum(acc * y, axis=1), axis=0)
     mbarrier.wait(meet, 1)
-    rows.index(W).store(r.to(gl.float16))
+    if EXCHANGE:
+        place = mine._reinterpret(Grad.dtype.element_ty, [64, E], pieces.layout)
+        place.store(r)
+        r = place.load(accumulator(E))
+    else:
+        r = _load_rows(Grad, grad_n, WIDTH, Live, slot, first_row, count, W, E, accumulator(E))
+    r = r.to(gl.float32) * power_of_two(exponent)
+    r = gl.where(gl.abs(r) < float("inf"), r, 0.0)
+    row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(E)))
+    live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
+    factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)
+    r -= acc * factor[:, None]
+    mine.store(r.to(gl.float16))
     if W == 0:
         first = _inverse(T, 0, E)
     fence_async_shared()
@@ -215,19 +268,29 @@ def _group(
         r = warpgroup_mma(first, rows.index(0), r, is_async=True)
     r = warpgroup_mma_wait(0, deps=[r])
     mbarrier.arrive(meet)
-    pointers = Gh + (slot.to(gl.int64) * 128 + row)[:, None] * E + column[None, :]
-    gl.store(pointers, r.to(gl.float16))
-    fence_proxy(count)
+    mbarrier.wait(meet, 1)
+    mine.store(r.to(gl.float16))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(GradRows, [slot * 128 + 64 * W, 0], mine)
+    stores_done(count)
     gl.thread_barrier()
     gl.atomic_add(Done + sequence, 1, sem="release")
 
-    spoiled = gl.load(Bad + sequence) > 0
-    final = gl.where(spoiled & live[:, None], float("nan"), r * power_of_two(-exponent))
-    pointers = GradValue + place * out_n + column[None, :]
-    gl.store(pointers, final.to(GradValue.dtype.element_ty), mask=inside)
+    r = r * power_of_two(-exponent)
+    if spoiled:
+        r = gl.where(live[:, None], float("nan"), 0.0 * r)
+    if NARROW:
+        place = mine._reinterpret(GradValue.dtype.element_ty, [64, E], pieces.layout)
+        place.store(r.to(GradValue.dtype.element_ty))
+        _store_rows(GradValue, out_n, WIDTH, first_row, count, place.load(plain), W, E, plain)
+    else:
+        _store_rows(GradValue, out_n, WIDTH, first_row, count, r, W, E, accumulator(E))
+    mbarrier.arrive(meet)
 
     # The key gradient's terms of the next block, then of the block itself.
-    mbarrier.wait(meet, 1)
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, accumulator(M)))
+    mbarrier.wait(meet, 0)
     gl.thread_barrier()
     tile = need * PARTS
     tiles = (late + 1) * PARTS
@@ -254,33 +317,39 @@ def _group(
     if LATE:
         last = sweep + tiles - 1
         last_half(last, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+    # A buffer goes from one group to the other and back. Who takes it waits for one use to be over, and cannot tell
+    # it from the use before that: so the other group must have taken it, which here only a meeting says.
     toward = toward * unscale
+    mbarrier.arrive(meet)
+    mbarrier.wait(meet, 1)
     if D == 64:
         hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
     else:
         first, second = halves(toward)
         hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
+        mbarrier.arrive(meet)
+        mbarrier.wait(meet, 0)
         hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
     if Strength is not None:
-        pairs = gl.sum(total, axis=0) * unscale * power_of_two(-exponent)
+        pairs = (pairs + gl.sum(total, axis=0)) * unscale * power_of_two(-exponent)
         pairs *= power_of_two(-range_exponent(gl.load(LargestSolution + sequence), 0))
         gl.store(StrengthSum + slot * 2 + W, gl.where(spoiled, float("nan"), -pairs))
 
 
-@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom", "hurry"])
+@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "wide", "deep", "length", "headroom"])
 def hopper_adjoint_kernel(
-    KeyRows, KeyTiles, GradTiles, Toward, T, Live,
-    Grad, grad_b, grad_h, grad_n, Solution, solution_b, solution_h, solution_n,
-    Gh, GradValue, out_b, out_h, out_n, StrengthSum, Strength, Blocks,
+    KeyRows, KeyTiles, GradRows, GradTiles, Toward, T, Live,
+    Grad, Solution, GradValue, StrengthSum, Strength, Blocks,
     Done, LargestGrad, LargestSolution, Bad, Turn, Ticket,
-    heads, chains, blocks, length, headroom, c2, shift, hurry,
+    grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
+    heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
     SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs."""
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
-    chain = ticket % chains
-    block = blocks - 1 - ticket // chains
+    chain, row = place_ticket(ticket, chains, blocks, wide, deep)
+    block = blocks - 1 - row
     batch = (chain // heads).to(gl.int64)
     head = (chain % heads).to(gl.int64)
     first = 0
@@ -295,7 +364,9 @@ def hopper_adjoint_kernel(
     slot = chain * blocks + block
     sequence = chain * blocks + first
     need = end - 1 - block
-    late = gl.minimum(need, hurry)
+    late = 0
+    if not LATE:
+        late = gl.minimum(need, 1)
     Grad += batch * grad_b + head * grad_h
     Solution += batch * solution_b + head * solution_h
     GradValue += batch * out_b + head * out_h
@@ -305,30 +376,32 @@ def hopper_adjoint_kernel(
     swizzled: gl.constexpr = KeyRows.layout
     keys = gl.allocate_shared_memory(gl.float16, [2, 64, D], swizzled)
     solution = gl.allocate_shared_memory(gl.float16, [2, 64, E], swizzled)
-    key_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], swizzled)
-    grad_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, E], swizzled)
+    key_ring = gl.allocate_shared_memory(gl.float16, [KEY_STAGES, M, D], swizzled)
+    grad_ring = gl.allocate_shared_memory(gl.float16, [GRAD_STAGES, M, E], swizzled)
     pieces = gl.allocate_shared_memory(gl.float16, [4 * (M // 64), 64, 64], swizzled)
-    staging = gl.allocate_shared_memory(gl.float32, [4, 16, 256], Toward.layout)
+    staging = gl.allocate_shared_memory(gl.float32, [BUFFERS, 16, 256], Toward.layout)
     norms = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     single: gl.constexpr = mbarrier.MBarrierLayout()
     own = gl.allocate_shared_memory(gl.int64, [1], single)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
-    grad_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
+    key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], single)
+    grad_full = gl.allocate_shared_memory(gl.int64, [GRAD_STAGES, 1], single)
+    empty = gl.allocate_shared_memory(gl.int64, [USED, 1], single)
     t_full = gl.allocate_shared_memory(gl.int64, [1], single)
-    o_full = gl.allocate_shared_memory(gl.int64, [4, 1], single)
-    o_empty = gl.allocate_shared_memory(gl.int64, [4, 1], single)
+    o_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], single)
+    o_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], single)
     meet = gl.allocate_shared_memory(gl.int64, [1], single)
     stored = gl.allocate_shared_memory(gl.int64, [1], single)
     mbarrier.init(own, count=1)
     mbarrier.init(t_full, count=2)
     mbarrier.init(meet, count=2)
     mbarrier.init(stored, count=1)
-    for index in gl.static_range(2):
+    for index in gl.static_range(KEY_STAGES):
         mbarrier.init(key_full.index(index), count=1)
+    for index in gl.static_range(GRAD_STAGES):
         mbarrier.init(grad_full.index(index), count=1)
+    for index in gl.static_range(USED):
         mbarrier.init(empty.index(index), count=2)
-    for index in gl.static_range(4):
+    for index in gl.static_range(BUFFERS):
         mbarrier.init(o_full.index(index), count=1)
         mbarrier.init(o_empty.index(index), count=1)
     fence_async_shared()
@@ -340,9 +413,9 @@ def hopper_adjoint_kernel(
         group = (
             keys, solution, key_ring, grad_ring, pieces, staging, norms,
             own, key_full, grad_full, empty, t_full, o_full, o_empty, meet,
-            T, Live, Grad, grad_n, Solution, solution_n, Gh, GradValue, out_n, StrengthSum, Strength,
+            T, Live, Grad, grad_n, Solution, solution_n, GradRows, GradValue, out_n, StrengthSum, Strength,
             Done, LargestGrad, LargestSolution, Bad,
-            slot, sequence, need, late, first_row, count, headroom, c2, shift,
+            slot, sequence, need, first_row, count, headroom, c2, shift,
         )  # fmt: skip
         gl.warp_specialize(
             [
@@ -359,52 +432,43 @@ def hopper_adjoint_kernel(
 
 
 def hopper_adjoint(
-    call: Call,
-    prepared: Prepared,
-    grad: Tensor,
-    solution: Tensor,
-    grad_value: Tensor,
-    key: Tensor,
-    grad_key: Tensor,
-    strength: Tensor | None,
-    mask: Tensor | None,
-    control: Control,
-    hurry: bool = True,
-) -> Tensor | None:
-    """Write the gradients of values and keys; return ``-sum T`` of every block if there is a strength.
-
-    ``hurry``: dV first, then the next block's share of the key gradient, at the price of a product; it
-    pays while blocks wait for each other. Memory, in units of the values': Gh 1 and Toward 2.
-    """
-    geometry = call.geometry
+    run: Run, grad: Any, solution: Any, grad_value: Any, key: Any, grad_key: Any, mask: Any, strength: Any
+) -> None:  # fmt: skip
+    """Write the gradients of values and keys, and ``-sum T`` of every block's halves if there is a strength."""
+    call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_width, call.solution_width
-    done, largest_grad, largest_solution, bad, turn = control.parts
     columns = 64 if D == 128 else 128
-    gh = geometry.workspace(grad, torch.float16, E)
-    toward = grad.new_empty((geometry.slots * D // 2, 256), dtype=torch.float32)
-    strength_sum = None
-    if strength is not None:
-        strength_sum = torch.zeros((geometry.slots, 2), dtype=torch.float32, device=grad.device)
-    assert prepared.inverse is not None
-    # Strengths and packed batches take the other order until they have been run on a card in this one.
-    late = geometry.longest >= LONG and strength is None and not geometry.packed
-    call.launch(
-        hopper_adjoint_kernel, geometry.slots,
-        tile_descriptor(prepared.keys, 64), tile_descriptor(prepared.keys, columns), tile_descriptor(gh, columns),
-        tile_descriptor(toward, 16), prepared.inverse, prepared.live,
-        grad, *geometry.strides(grad), solution, *geometry.strides(solution),
-        gh, grad_value, *geometry.strides(grad_value), strength_sum, strength, geometry.table,
-        done, largest_grad, largest_solution, bad, turn, control.ticket,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
-        call.c2, call.shift(SHIFT_BACKWARD), int(hurry),
-        D=D, E=E, M=columns, WIDTH=call.value_width, PACKED=geometry.packed, SHIFT=SHIFT_BACKWARD,
-        LATE=int(late), num_warps=4,
+    kernel = hopper_adjoint_kernel
+    # With a strength there are no registers left for it at D = 128.
+    late = geometry.slots >= LATE_FROM[D] and (strength is None or D == 64)
+    run.launch(
+        kernel, geometry.slots,
+        (
+            *run.tiles(kernel, lambda: (
+                (at.keys, D, 64), (at.keys, D, columns), (at.gh, E, 64), (at.gh, E, columns),
+                (at.toward, 256, 16),
+            )),
+            at.inverse, at.live, grad, solution, grad_value, None if strength is None else at.pairs,
+            strength, at.table, at.done, at.largest, at.largest_second, at.bad, at.turn, at.ticket,
+        ),
+        lambda: (
+            *geometry.strides(grad), *geometry.strides(solution), *geometry.strides(grad_value),
+            geometry.heads, geometry.chains, geometry.blocks, *rounds(geometry),
+            geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_BACKWARD),
+        ),
+        lambda: {
+            "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "PACKED": geometry.packed,
+            "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
+        },
     )  # fmt: skip
-    call.launch(
+    run.launch(
         finish_kernel, 2 * geometry.slots,
-        toward, key, *geometry.strides(key), grad_key, *geometry.strides(grad_key),
-        mask, strength, geometry.table, largest_grad, largest_solution, bad,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, geometry.headroom,
-        call.width, call.kernel_scale, KEY_EPS, D=D, PACKED=geometry.packed, num_warps=8,
+        (
+            at.toward, key, grad_key, mask, strength, at.table, at.largest, at.largest_second, at.bad,
+        ),
+        lambda: (
+            *geometry.strides(key), *geometry.strides(grad_key), *geometry.sizes, geometry.headroom,
+            call.width, call.kernel_scale, KEY_EPS,
+        ),
+        lambda: {"D": D, "PACKED": geometry.packed, "num_warps": 8},
     )  # fmt: skip
-    return None if strength_sum is None else strength_sum.sum(1)

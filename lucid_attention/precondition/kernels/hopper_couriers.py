@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_pairs import STAGES
+from .hopper_pairs import GRAD_STAGES, KEY_STAGES, USED, buffer_of
 from .hopper_tiles import look_at, reduce_add, stores_done, wait_for
 
 
@@ -33,6 +33,13 @@ def _prefetch(rows, stride, count, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def _wait_for_room(empty, tile, STAGES: gl.constexpr):
+    """Until both groups have used the tile that was in this one's place, ``STAGES`` before."""
+    before = tile + (USED - STAGES)  # plus a round, which the first ones do not wait for
+    mbarrier.wait(empty.index(before % USED), ((before // USED) & 1) ^ 1)
+
+
+@gluon.jit
 def load_keys(
     KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late,
     Grad, grad_n, count, WIDTH: gl.constexpr,
@@ -48,8 +55,8 @@ def load_keys(
             _prefetch(Grad, grad_n, count, WIDTH)
         step = tile // PARTS
         step = gl.where(step < need, step, step - late)
-        stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        stage = tile % KEY_STAGES
+        _wait_for_room(empty, tile, KEY_STAGES)
         mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
         at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
         tma.async_copy_global_to_shared(
@@ -66,8 +73,8 @@ def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
     for tile in range((need + late + 1) * PARTS):
         step = tile // PARTS
         step = gl.where(step < need, step, step - late)
-        stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+        stage = tile % GRAD_STAGES
+        _wait_for_room(empty, tile, GRAD_STAGES)
         if ready < 2 * (step + 1):
             ready = wait_for(Done, 2 * (step + 1))
         mbarrier.expect(grad_full.index(stage), GradTiles.block_type.nbytes)
@@ -78,26 +85,19 @@ def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
 
 
 @gluon.jit
-def _give(Toward, row, step, staging, o_full, o_empty, push, add, turn):
-    """Add, or store, the two groups' tiles of a push; done when they are in global memory.
-
-    Looks at ``turn`` while that takes its time.
-    """
-    at = push % 2 * 2
+def _give(Toward, row, step, staging, o_full, o_empty, push, add):
+    """Add, or store, the two groups' tiles of a push; their buffers are free on return."""
     for w in gl.static_range(2):
-        mbarrier.wait(o_full.index(at + w), push // 2 & 1)
+        at, phase = buffer_of(push, w)
+        mbarrier.wait(o_full.index(at), phase)
         if add:
-            reduce_add(Toward, [row + w * step, 0], staging.index(at + w))
+            reduce_add(Toward, [row + w * step, 0], staging.index(at))
         else:
-            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at + w))
-    seen = look_at(turn)
-    tma.store_wait(1)
-    mbarrier.arrive(o_empty.index(at))
-    tma.store_wait(0)
-    mbarrier.arrive(o_empty.index(at + 1))
-    stores_done(push)
-    gl.thread_barrier()
-    return seen
+            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at))
+    for w in gl.static_range(2):
+        at, phase = buffer_of(push, w)
+        tma.store_wait(1 - w)
+        mbarrier.arrive(o_empty.index(at))
 
 
 @gluon.jit
@@ -120,8 +120,11 @@ def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.con
             wait_for(Turn + part, ahead)
         # The groups' tiles are side by side (PARTS 2) or one below the other.
         row = (slot * PARTS + part) * (M * D // 256)
-        turn = Turn + gl.maximum(part - 2, 0)
-        seen = _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0, turn)
+        _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0)
+        # Looked at while what was added is on its way.
+        seen = look_at(Turn + gl.maximum(part - 2, 0))
+        stores_done(push)
+        gl.thread_barrier()
         if ahead > 0:
             gl.atomic_xchg(Turn + part, ahead + 1, sem="release")
     if ODD:
@@ -130,6 +133,8 @@ def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.con
         mbarrier.wait(stored, 0)
         for side in gl.static_range(SIDES):
             row = (slot * 2 * SIDES + side) * 16
-            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True, Turn)
+            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True)
+        stores_done(tiles)
+        gl.thread_barrier()
         for part in gl.static_range(PARTS):
             gl.atomic_xchg(Turn + part, 1, sem="release")

@@ -16,9 +16,8 @@ precision, head sizes of one piece (64 or 128) and blocks of 128 rows. What is d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,20 +31,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_tiles import (
     as_long,
-    fence_proxy,
     multiprocessors,
-    narrow,
+    place_ticket,
     power_of_two,
     range_exponent,
-    tile_descriptor,
+    stores_done,
     wait_for,
-    wide_layout,
-    widen,
 )
-from .plan import SHIFT_FORWARD
+from .plan import SHIFT_FORWARD, rounds
 
 if TYPE_CHECKING:
-    from .plan import Call, Control, Prepared
+    from .plan import Run
 
 COLUMNS = 128
 """Rows of a column tile; 64, with twice the stages, was 1 to 30 % slower on every shape."""
@@ -63,11 +59,11 @@ def _step(slot, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _loader(
-    KhHalf, KhTile, YhTile, TTile, Blocks, Done, Ticket,
+    KhTile, YhTile, TTile, Blocks, Done, Ticket,
     own, keys, solution, inverse, note,
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
     inverse_full, inverse_empty,
-    chains, blocks, length,
+    chains, blocks, wide, deep, length,
     M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
@@ -82,8 +78,7 @@ def _loader(
     turn = 0
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
     while ticket < total:
-        chain = ticket % chains
-        block = ticket // chains
+        chain, block = place_ticket(ticket, chains, blocks, wide, deep)
         first = 0
         row = block * 128
         count = length
@@ -104,8 +99,7 @@ def _loader(
                 note.index(3).store(gl.full([1], row, gl.int32, one))
                 note.index(4).store(gl.full([1], row + count, gl.int32, one))
             mbarrier.expect(own_full, 128 * D * 2)
-            tma.async_copy_global_to_shared(KhHalf, [here, 0], own_full, own.index(0))
-            tma.async_copy_global_to_shared(KhHalf, [here + 64, 0], own_full, own.index(1))
+            tma.async_copy_global_to_shared(KhTile, [here, 0], own_full, own)
             # Step j brings the keys of tile j and the solution of tile j - 1, in the order of use.
             ready = 0
             for j in range(n + 1):
@@ -150,8 +144,32 @@ def _read(note, index: gl.constexpr):
 
 
 @gluon.jit
+def _rows_at(base, stride, width, at, end, E: gl.constexpr, layout: gl.constexpr):
+    """Pointers to 64 rows of a user's tensor from ``at``, and which of their entries exist."""
+    row = at + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    column = gl.arange(0, E, gl.SliceLayout(0, layout))
+    pointers = base + as_long(row)[:, None] * as_long(stride) + column[None, :]
+    return pointers, row, row < end, (column < width)[None, :]
+
+
+@gluon.jit
+def _load_rows(base, stride, width, Mask, batch, length, at, end, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """64 rows of values, 0 where there is no token."""
+    pointers, row, live, inside = _rows_at(base, stride, width, at, end, E, layout)
+    if Mask is not None:
+        live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
+    return gl.load(pointers, mask=live[:, None] & inside, other=0.0)
+
+
+@gluon.jit
+def _store_rows(base, stride, width, at, end, x, E: gl.constexpr, layout: gl.constexpr):
+    pointers, _, live, inside = _rows_at(base, stride, width, at, end, E, layout)
+    gl.store(pointers, x, mask=live[:, None] & inside)
+
+
+@gluon.jit
 def _compute(
-    Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
+    Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
     Mask, Strength, Done, Largest, Bad,
     own, keys, solution, inverse, right, note,
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
@@ -164,8 +182,12 @@ def _compute(
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    wide: gl.constexpr = wide_layout(E, 2)
-    rows = own.index(GROUP)
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    rows = own.slice(64 * GROUP, 64, dim=0)
+    mine = right.index(GROUP)
+    # Two bytes an entry go through shared memory, so that threads move 16 bytes of a row; four go as they are.
+    PACKED_IN: gl.constexpr = Value.dtype.element_ty.primitive_bitwidth == 16
+    PACKED_OUT: gl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
     nothing = gl.zeros([64, M], gl.float32, product)
     slot = 0
     phase = 0
@@ -221,14 +243,14 @@ def _compute(
         batch = as_long(chain // heads)
         head = as_long(chain % heads)
         entry = chain * blocks + first
-        wide_row = at + gl.arange(0, 64, gl.SliceLayout(1, wide))
-        wide_column = gl.arange(0, E, gl.SliceLayout(0, wide))
-        inside = (wide_row < end)[:, None] & (wide_column < value_width)[None, :]
         values = Value + batch * as_long(value_b) + head * as_long(value_h)
-        v = gl.load(
-            values + as_long(wide_row)[:, None] * as_long(value_n) + wide_column[None, :],
-            mask=inside, other=0.0,
-        )  # fmt: skip
+        if PACKED_IN:
+            v = _load_rows(values, value_n, value_width, Mask, batch, length, at, end, E, plain)
+            place = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout)
+            place.store(v)
+            v = place.load(sums)
+        else:
+            v = _load_rows(values, value_n, value_width, Mask, batch, length, at, end, E, sums)
         row = at + gl.arange(0, 64, gl.SliceLayout(1, sums))
         live = row < end
         if Mask is not None:
@@ -237,7 +259,6 @@ def _compute(
         if Strength is not None:
             strength = gl.load(Strength + head).to(gl.float32)
         exponent = range_exponent(gl.load(Largest + entry), headroom)
-        scale = power_of_two(exponent)
         factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)
         bad = gl.load(Bad + entry)
 
@@ -245,14 +266,12 @@ def _compute(
         if n > 0:
             mbarrier.wait(solution_full.index(slot), phase)
             acc = warpgroup_mma(p, solution.index(slot), acc, is_async=True)
-        v = narrow(v, sums, E).to(gl.float32) * scale
-        v = gl.where(live[:, None] & (gl.abs(v) < float("inf")), v, 0.0)
+        v = v.to(gl.float32) * power_of_two(exponent)
+        if bad > 0:
+            v = gl.where(gl.abs(v) < float("inf"), v, 0.0)
         mbarrier.wait(inverse_full, turn)
-        if GROUP == 0:
-            mbarrier.wait(right_empty, turn ^ 1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         y = v - acc * factor[:, None]
-        mine = right.index(GROUP)
         mine.store(y.to(gl.float16))
         fence_async_shared()
         if GROUP == 0:
@@ -263,45 +282,52 @@ def _compute(
             mbarrier.wait(right_full, turn)
             y = warpgroup_mma(inverse.index(1), right.index(0), y, is_async=True)
         y = warpgroup_mma_wait(0, deps=[y])
+        if GROUP == 1:
+            mbarrier.arrive(right_empty, count=1)
+        else:
+            mbarrier.wait(right_empty, turn)
 
-        start = as_long(chain * blocks + block) * 128 + 64 * GROUP
-        wide_index = gl.arange(0, 64, gl.SliceLayout(1, wide))
-        place = Yh + start * E + (wide_index * E)[:, None] + wide_column[None, :]
-        gl.store(place, widen(y.to(gl.float16), E))
-        fence_proxy(block)
+        mine.store(y.to(gl.float16))
+        fence_async_shared()
+        gl.thread_barrier()
+        start = (chain * blocks + block) * 128 + 64 * GROUP
+        tma.async_copy_shared_to_global(YhHalf, [start, 0], mine)
+        stores_done(block)
         gl.thread_barrier()
         gl.atomic_add(Done + entry, 1, sem="release")
         if n > 0:
             mbarrier.arrive(solution_empty.index(slot), count=1)
             slot, phase = _step(slot, phase, STAGES)
         mbarrier.arrive(inverse_empty, count=1)
-        if GROUP == 1:
-            mbarrier.arrive(right_empty, count=1)
 
-        # From a sequence's first row that is not finite on, results are NaN.
-        padded = block * 128 + 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, sums))
-        spoiled = (padded >= blocks * 128 - bad) & live
-        y = gl.where(spoiled[:, None], float("nan"), y * power_of_two(-exponent))
+        y = y * power_of_two(-exponent)
+        if bad > 0:
+            # From a sequence's first row that is not finite on, results are NaN.
+            padded = block * 128 + 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, sums))
+            spoiled = (padded >= blocks * 128 - bad) & live
+            y = gl.where(spoiled[:, None], float("nan"), y)
+        y = y.to(Y.dtype.element_ty)
         out = Y + batch * as_long(y_b) + head * as_long(y_h)
-        gl.store(
-            out + as_long(wide_row)[:, None] * as_long(y_n) + wide_column[None, :],
-            widen(y.to(Y.dtype.element_ty), E), mask=inside,
-        )  # fmt: skip
+        if PACKED_OUT:
+            place = mine._reinterpret(Y.dtype.element_ty, [64, E], right.layout)
+            place.store(y)
+            _store_rows(out, y_n, value_width, at, end, place.load(plain), E, plain)
+        else:
+            _store_rows(out, y_n, value_width, at, end, y, E, sums)
         turn ^= 1
         mbarrier.wait(own_full, turn)
         chain = _read(note, 0)
 
 
-@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
+@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "wide", "deep", "length", "headroom"])
 def hopper_solve_kernel(
-    KhHalf, KhTile, YhTile, TTile, Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
-    Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
-    heads, chains, blocks, length, value_width, headroom, c2, shift,
+    KhTile, YhTile, YhHalf, TTile, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
+    value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, value_width, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best one for each multiprocessor."""
-    own = gl.allocate_shared_memory(gl.float16, [2, 64, D], KhHalf.layout)
+    own = gl.allocate_shared_memory(gl.float16, [128, D], KhTile.layout)
     keys = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], KhTile.layout)
     solution = gl.allocate_shared_memory(gl.float16, [STAGES, M, E], YhTile.layout)
     inverse = gl.allocate_shared_memory(gl.float16, [3, 64, 64], TTile.layout)
@@ -337,7 +363,7 @@ def hopper_solve_kernel(
     gl.warp_specialize(
         [
             (_compute, (
-                Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
+                Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
                 Mask, Strength, Done, Largest, Bad,
                 own, keys, solution, inverse, right, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
@@ -346,7 +372,7 @@ def hopper_solve_kernel(
                 0, M, STAGES, PACKED, SHIFT, E,
             )),
             (_compute, (
-                Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
+                Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
                 Mask, Strength, Done, Largest, Bad,
                 own, keys, solution, inverse, right, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
@@ -355,11 +381,11 @@ def hopper_solve_kernel(
                 1, M, STAGES, PACKED, SHIFT, E,
             )),
             (_loader, (
-                KhHalf, KhTile, YhTile, TTile, Blocks, Done, Ticket,
+                KhTile, YhTile, TTile, Blocks, Done, Ticket,
                 own, keys, solution, inverse, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty,
-                chains, blocks, length,
+                chains, blocks, wide, deep, length,
                 M, STAGES, PACKED, D, E,
             )),
         ],
@@ -368,30 +394,27 @@ def hopper_solve_kernel(
     )  # fmt: skip
 
 
-def hopper_solve(
-    call: Call,
-    prepared: Prepared,
-    value: Tensor,
-    out: Tensor,
-    mask: Tensor | None,
-    strength: Tensor | None,
-    control: Control,
-) -> None:
+def hopper_solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
     """``stages.solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
-    geometry, plan = call.geometry, call.plan
-    done, largest, bad = control.parts[:3]
-    solved = geometry.workspace(value, plan.dtype, call.solution_width)
-    D, E = call.pieces["D1"], call.value_pieces["E1"]
+    call, at, geometry = run.call, run.at, run.call.geometry
+    D, E = call.key_width, call.solution_width
+    kernel = hopper_solve_kernel
     fixed = 128 * D * 2 + 3 * 64 * 64 * 2 + 128 * E * 2
-    stages = min(4, (_SHARED - fixed) // (COLUMNS * (D + E) * 2))
-    keys = prepared.keys
-    call.launch(
-        hopper_solve_kernel, min(multiprocessors(value.device), geometry.slots),
-        tile_descriptor(keys, 64), tile_descriptor(keys, COLUMNS), tile_descriptor(solved, COLUMNS),
-        tile_descriptor(prepared.inverse.view(-1, 64), 64),
-        value, *geometry.strides(value), solved, out, *geometry.strides(out),
-        mask, strength, geometry.table, done, largest, bad, control.ticket,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,
-        geometry.headroom, call.c2, call.shift(SHIFT_FORWARD),
-        D=D, E=E, M=COLUMNS, STAGES=stages, PACKED=geometry.packed, SHIFT=SHIFT_FORWARD, num_warps=4,
+    run.launch(
+        kernel, min(multiprocessors(call.device), geometry.slots),
+        (
+            *run.tiles(kernel, lambda: (
+                (at.keys, D, COLUMNS), (at.solved, E, COLUMNS), (at.solved, E, 64), (at.inverse, 64, 64),
+            )),
+            value, out, mask, strength, at.table, at.done, at.largest, at.bad, at.ticket,
+        ),
+        lambda: (
+            *geometry.strides(value), *geometry.strides(out), geometry.heads, geometry.chains, geometry.blocks,
+            *rounds(geometry), geometry.length, call.value_width, geometry.headroom,
+            call.c2, call.shift(SHIFT_FORWARD),
+        ),
+        lambda: {
+            "D": D, "E": E, "M": COLUMNS, "STAGES": min(4, (_SHARED - fixed) // (COLUMNS * (D + E) * 2)),
+            "PACKED": geometry.packed, "SHIFT": SHIFT_FORWARD, "num_warps": 4,
+        },
     )  # fmt: skip

@@ -20,6 +20,7 @@ from . import tiles
 
 power_of_two = gluon.jit(tiles.power_of_two.fn)
 range_exponent = gluon.jit(tiles.range_exponent.fn)
+place_ticket = gluon.jit(tiles.place_ticket.fn)
 
 
 @builtin
@@ -84,9 +85,12 @@ def fence_proxy(value):
 
 @gluon.jit
 def stores_done(value):
-    """Wait until what this thread stored or added by TMA is in global memory (not only read)."""
+    """Wait until what this thread stored or added by TMA is in global memory (not only read).
+
+    It is then visible to this thread like its own stores, and a release announces it: no fence.
+    """
     return gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.b32 $0, $1;",
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
         "=r,r,~{memory}",
         [value],
         dtype=gl.int32,

@@ -6,14 +6,16 @@ The four functions at the end take what the torch operators take, as `blocked_ca
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import stages
-from .plan import Call, Control, Geometry, Prepared, call_for, longest_sequence
-from .stages import Operand
+from .plan import Geometry, Run, call_for, longest_sequence
+
+Pair = tuple[Tensor, Tensor]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -31,27 +33,27 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-class _Past(NamedTuple):
+class _Past:
     """A past as columns: its keys, its values in range, and what was found out about them."""
 
-    geometry: Geometry
-    prepared: Prepared
-    operand: Operand
-    bad: Tensor
-
-
-def _past(
-    call: Call, past_key: Tensor, past_preconditioned: Tensor, reference: Tensor | None
-) -> _Past:
-    past_key, past_preconditioned = _rows(past_key), _rows(past_preconditioned)
-    geometry = Geometry(past_key, call.plan.block)
-    largest, bad = Control(past_key, geometry.slots, geometry.slots).parts
-    prepared = stages.prepare(
-        call, geometry, past_key, past_preconditioned, None, None, None, reference, largest, None,
-        bad, past=True,
-    )  # fmt: skip
-    rows = stages.in_range(call, geometry, past_preconditioned, largest)
-    return _Past(geometry, prepared, Operand(rows, largest, 0), bad)
+    def __init__(self, run: Run, past: Pair, reference: Tensor | None) -> None:
+        self.key, self.value = _rows(past[0]), _rows(past[1])
+        self.geometry = Geometry(self.key, run.call.plan.block)
+        parts = stages.past_parts(run.call, self.geometry)
+        self.at = parts.tensors(parts.buffers(self.key.device))
+        stages.prepare(
+            run,
+            self.geometry,
+            self.at,
+            self.key,
+            self.value,
+            None,
+            None,
+            None,
+            reference,
+            past=True,
+        )
+        stages.in_range(run, self.geometry, self.at, self.value)
 
 
 def _solve(
@@ -61,7 +63,7 @@ def _solve(
     longest: int,
     strength: Tensor | None,
     key_mask: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
+    past: Pair | None,
     kernel_scale: float,
 ) -> Tensor:
     out = value.new_empty(value.shape)
@@ -73,28 +75,35 @@ def _solve(
         call = call_for(
             key, value, kernel_scale, (strength, key_mask), offsets, longest, keep=past is None
         )
-        geometry = call.geometry
-        reference = stages.reference(call, key, key_mask, past)
-        control = Control(key, *[geometry.slots] * 3)
-        _, largest, bad = control.parts
-        right = value
+        run = Run(call, partial(stages.solve_parts, call))
+        k, v, o, mask, b, seqs = run.operands(key, value, out, key_mask, strength, offsets)
+        stages.table(run, seqs)
+        reference = stages.reference(run, key, key_mask, past)
         if past is not None:
-            before = _past(call, *past, reference)
-            # The chunk's right-hand side needs its keys, and its range the right-hand side.
-            scratch = Control(key, *[geometry.slots] * 2)
-            rows = stages.prepare(
-                call, geometry, key, value, None, None, key_mask, reference,
-                scratch.parts[0], None, bad, past=True,
-            )  # fmt: skip
-            right = stages.answer(
-                call, geometry, rows, before.prepared, before.geometry.blocks, before.operand,
-                value, strength, before.bad,
-            )  # fmt: skip
-        prepared = stages.prepare(
-            call, geometry, key, right, None, strength, key_mask, reference, largest, None, bad
-        )
-        stages.solve(call, prepared, right, out, key_mask, strength, control)
+            v = _without_past(run, key, value, key_mask, strength, past, reference)
+        stages.prepare(run, call.geometry, run.at, k, v, None, mask, b, reference)
+        stages.solve(run, v, o, mask, b)
+        run.end()
     return out
+
+
+def _without_past(
+    run: Run,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    strength: Tensor | None,
+    past: Pair,
+    reference: Tensor | None,
+) -> Tensor:
+    """A chunk's right-hand side. Its range is known afterwards, its keys are needed before."""
+    before = _Past(run, past, reference)
+    geometry = run.call.geometry
+    parts = stages.past_parts(run.call, geometry)
+    at = parts.tensors(parts.buffers(key.device))._replace(bad=run.at.bad)
+    stages.prepare(run, geometry, at, key, value, None, mask, None, reference, past=True)
+    blocks = before.geometry.blocks
+    return stages.answer(run, geometry, at, before.at, blocks, before.at.rows, 0, value, strength)
 
 
 def _adjoint(
@@ -105,17 +114,17 @@ def _adjoint(
     longest: int,
     strength: Tensor | None,
     key_mask: Tensor | None,
-    past: tuple[Tensor, Tensor] | None,
+    past: Pair | None,
     kernel_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     grad_key, grad_value = key.new_empty(key.shape), solution.new_empty(solution.shape)
-    grad_strength = grad_past_key = grad_past = key.new_empty(0)
+    grad_strength = None
     if solution.numel() == 0:
+        none = () if past is None else (torch.zeros_like(past[0]), torch.zeros_like(past[1]))
         if strength is not None:
             grad_strength = torch.zeros_like(strength)
-        if past is not None:
-            grad_past_key, grad_past = torch.zeros_like(past[0]), torch.zeros_like(past[1])
-        return grad_key, grad_value, grad_strength, grad_past_key, grad_past
+        return grad_key, grad_value, grad_strength, *(none or (None, None))
+    grads_past: tuple[Tensor | None, Tensor | None] = (None, None)
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
         strength, key_mask = _dense(strength), _dense(key_mask)
@@ -123,74 +132,86 @@ def _adjoint(
             key, solution, kernel_scale, (grad, strength, key_mask), offsets, longest,
             keep=past is None,
         )  # fmt: skip
-        geometry = call.geometry
-        reference = stages.reference(call, key, key_mask, past)
-        control = Control(key, *[geometry.slots] * 4, 2 * geometry.slots)
-        _, largest, largest_solution, bad, _ = control.parts
-        before = None if past is None else _past(call, *past, reference)
-        prepared = stages.prepare(
-            call, geometry, key, grad, solution, strength, key_mask, reference,
-            largest, largest_solution, bad,
-        )  # fmt: skip
-        if before is None and stages.has_fused_adjoint(call, key):
-            from .hopper_adjoint import hopper_adjoint
-
-            pairs = hopper_adjoint(
-                call,
-                prepared,
-                grad,
-                solution,
-                grad_value,
-                key,
-                grad_key,
-                strength,
-                key_mask,
-                control,
-            )
+        fused = past is None and stages.has_fused_adjoint(call)
+        run = Run(call, partial(stages.adjoint_parts, call, fused=fused))
+        g, k, y, dk, dv, mask, b, seqs = run.operands(
+            grad, key, solution, grad_key, grad_value, key_mask, strength, offsets
+        )
+        stages.table(run, seqs)
+        reference = stages.reference(run, key, key_mask, past)
+        before = None if past is None else _Past(run, past, reference)
+        geometry, at = call.geometry, run.at
+        stages.prepare(run, geometry, at, k, g, y, mask, b, reference, fused=fused)
+        past_sum = None
+        if fused:
+            stages.fused_adjoint(run, g, y, dv, k, dk, mask, b)
         else:
-            gh, yh, toward, sums, pairs = stages.adjoint(
-                call, prepared, grad, solution, grad_value, strength, control
-            )
-            operand = Operand(gh, largest, geometry.headroom)
-            if past is not None and before is not None:
-                past_sum = None if pairs is None else torch.empty_like(pairs)
-                stages.toward(
-                    call, geometry, prepared, operand, before.prepared, before.geometry.blocks,
-                    before.operand, toward, sums, key, grad_key, key_mask, strength, bad,
-                    causal=False, add=True, finish=False, strength_sum=past_sum,
-                )  # fmt: skip
-                if pairs is not None and past_sum is not None:
-                    pairs += past_sum
-                grad_past_key = past[0].new_empty(past[0].shape)
-                # What is not finite in the chunk spoils the past's gradients too.
-                chunk_bad = bad[:: geometry.blocks][: geometry.chains]
-                before.bad[:: before.geometry.blocks][: geometry.chains] += chunk_bad
-                scratch = before.geometry.workspace(key, torch.float32, call.key_width)
-                scratch_sums = None
-                if sums is not None:
-                    scratch_sums = before.geometry.workspace(key, torch.float32)
-                stages.toward(
-                    call, before.geometry, before.prepared, before.operand, prepared,
-                    geometry.blocks, operand, scratch, scratch_sums, _rows(past[0]), grad_past_key,
-                    None, strength, before.bad, causal=False, add=False, finish=True,
-                )  # fmt: skip
-                grad_past = stages.answer(
-                    call, before.geometry, before.prepared, prepared, geometry.blocks, operand, None,
-                    strength, bad,
-                ).to(past[1].dtype)  # fmt: skip
+            stages.adjoint(run, g, y, dv, b)
+            if before is not None:
+                past_sum = None if strength is None else torch.zeros_like(at.pairs)
+                grads_past = _past_gradients(
+                    run, before, key, grad_key, key_mask, strength, reference, past_sum
+                )
             stages.toward(
-                call, geometry, prepared, operand, prepared, geometry.blocks,
-                Operand(yh, largest_solution, 0), toward, sums, key, grad_key, key_mask, strength,
-                bad, causal=True, add=True, finish=True,
+                run, geometry, at, at.gh, geometry.headroom, at, at.yh, at.largest_second, 0,
+                geometry.blocks, (at.toward, at.sums), k, dk, mask, b, reference,
+                causal=True, add=True, finish=True,
             )  # fmt: skip
-        if pairs is not None:
-            grad_strength = pairs.view(-1, geometry.heads, geometry.blocks).sum((0, 2))
-    return grad_key, grad_value, grad_strength, grad_past_key, grad_past
+        run.end()
+        if strength is not None:
+            pairs = run.part("pairs")
+            if past_sum is not None:
+                pairs = pairs + past_sum
+            grad_strength = pairs.view(-1, geometry.heads, pairs.numel() // geometry.chains)
+            grad_strength = grad_strength.sum((0, 2))
+    return grad_key, grad_value, grad_strength, *grads_past
 
 
-def _pair(
-    past_key: Tensor | None, past_preconditioned: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+def _past_gradients(
+    run: Run,
+    before: _Past,
+    key: Tensor,
+    grad_key: Tensor,
+    mask: Tensor | None,
+    strength: Tensor | None,
+    reference: Tensor | None,
+    past_sum: Tensor | None,
+) -> Pair:
+    """The past's gradients; what it gives to the chunk's keys goes to the chunk's sums."""
+    geometry, at = run.call.geometry, run.at
+    stages.toward(
+        run, geometry, at, at.gh, geometry.headroom, before.at, before.at.rows, before.at.largest, 0,
+        before.geometry.blocks, (at.toward, at.sums), key, grad_key, mask, strength, reference,
+        causal=False, add=True, finish=False, strength_sum=past_sum,
+    )  # fmt: skip
+    grad_past_key = before.key.new_empty(before.key.shape)
+    # What is not finite in the chunk spoils the past's gradients too.
+    chunk_bad = at.bad[:: geometry.blocks][: geometry.chains]
+    before.at.bad[:: before.geometry.blocks][: geometry.chains] += chunk_bad
+    width = run.call.key_width
+    rows = before.geometry.slots * before.geometry.block
+    scratch = torch.empty((rows, width), dtype=torch.float32, device=key.device)
+    weights = None if at.sums is None else scratch.new_empty(rows)
+    stages.toward(
+        run, before.geometry, before.at, before.at.rows, 0, at, at.gh, at.largest, geometry.headroom,
+        geometry.blocks, (scratch, weights), before.key, grad_past_key, None, strength, reference,
+        causal=False, add=False, finish=True,
+    )  # fmt: skip
+    grad_past = stages.answer(
+        run,
+        before.geometry,
+        before.at,
+        at,
+        geometry.blocks,
+        at.gh,
+        geometry.headroom,
+        None,
+        strength,
+    )
+    return grad_past_key, grad_past.to(before.value.dtype)
+
+
+def _pair(past_key: Tensor | None, past_preconditioned: Tensor | None) -> Pair | None:
     if past_key is None or past_preconditioned is None or past_key.shape[2] == 0:
         return None
     return past_key, past_preconditioned
@@ -232,8 +253,8 @@ def adjoint_dense(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key, value, strength ``(heads,)`` and the past (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of key, value, strength ``(heads,)`` and the past, None where there is none."""
     past = _pair(past_key, past_preconditioned)
     return _adjoint(grad, key, solution, None, 0, strength, key_mask, past, kernel_scale)
 
@@ -246,7 +267,7 @@ def adjoint_packed(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of key, value and strength ``(heads,)``."""
     longest = longest_sequence(cu_seqlens, key, max_seqlen)
     return _adjoint(grad, key, solution, cu_seqlens, longest, strength, None, None, kernel_scale)[

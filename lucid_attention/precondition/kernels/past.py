@@ -17,7 +17,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
 def range_kernel(
-    Value, value_b, value_h, value_n, Out, Largest, headroom, heads, chains, blocks, length, value_width,
+    Value, Out, Largest, value_b, value_h, value_n, headroom, heads, chains, blocks, length, value_width,
     E1: tl.constexpr, E2: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Values as a column workspace: scaled, what is not finite as 0. Grid: ``chains * blocks``."""
@@ -45,8 +45,8 @@ def range_kernel(
     do_not_specialize=["heads", "chains", "blocks", "column_blocks", "length", "headroom_x"]
 )
 def answer_kernel(
-    Kh, Wt, ColumnKh, ColumnWt, X, LargestX, headroom_x, Value, value_b, value_h, value_n, Out,
-    Strength, Bad, heads, chains, blocks, column_blocks, length, value_width, c2, shift, exact_one,
+    Kh, Wt, ColumnKh, ColumnWt, X, LargestX, Value, Out, Strength, Bad,
+    value_b, value_h, value_n, headroom_x, heads, chains, blocks, column_blocks, length, value_width, c2, shift, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr,
     SHIFT: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,

@@ -1,17 +1,18 @@
-"""What shapes and dtypes decide: tiles, chains, workspaces, the arguments that kernels share.
+"""What shapes and dtypes decide: tiles, chains, memory, the arguments that kernels share.
 
-Workspaces of a call, for C chains of B blocks of R rows, in the operands' dtype (float16 for
-half-precision inputs, else float32):
+A call works in two allocations (`Parts`), for C chains of B blocks of R rows, operands' dtype float16
+for half-precision inputs, else float32:
 
-    Kh  (C B R, D1 + D2)   Yh, Gh  (C B R, E1 + E2)   T  (C B, 3, R/2, R/2)
+    keys (C B R, D1 + D2)   solved, gh, yh (C B R, E1 + E2)   inverse (C B, 3, R/2, R/2)   ...
 
-and ``Control``, int32 zeros: ticket, finished blocks, ranges, first bad rows.
+and int32 zeros: ticket, finished blocks, ranges, first bad rows.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import triton
 from torch import Tensor
 
 from ..validation import check_offsets
+from .kept import Kept, launches_are_unobserved, stream_of
 from .tiles import LANE
 
 LOG2E = math.log2(math.e)
@@ -35,6 +37,17 @@ Rounding keys to float16 moves the exponent of P by up to about a thousandth of 
 """
 MOST_CALLS = 1024
 """Layouts that are remembered; beyond, all are forgotten and come back as they are met."""
+ROUND = 512
+"""Blocks that are solved before the number of chains at work is halved: about four for each multiprocessor.
+
+Fewer, and a chain's blocks wait for each other; more, and what the chains at work read does not stay in the
+second-level cache.
+"""
+MOST_CHAINS = 64
+MOST_TILES = 256
+"""Descriptors that a layout remembers, by address."""
+ALIGNMENT = 256
+"""Bytes: every part of a buffer starts at a multiple, so that its alignment does not depend on lengths."""
 
 
 def interpreted() -> bool:
@@ -99,31 +112,29 @@ def plan_for(dtype: torch.dtype, width: int, value_width: int) -> Plan:
     return Plan(torch.float16, 64, Tiles(64, 2, 4), Tiles(32, 2, 4), Tiles(32, 2, 4), "tf32")
 
 
+Part = tuple[torch.dtype, tuple[int, ...]]
+
+
 class Geometry:
     """The chains of a call: dense ``(batch, heads, seq, ..)`` or packed ``(total, heads, ..)``."""
 
     def __init__(
-        self,
-        tensor: Tensor,
-        block: int,
-        offsets: Tensor | None = None,
-        longest: int = 0,
+        self, tensor: Tensor, block: int, offsets: Tensor | None = None, longest: int = 0
     ) -> None:
         self.block = block
-        self.packed = offsets is not None
+        self.sequences = 0
         if offsets is None:
             batch, self.heads, self.length, _ = tensor.shape
             self.chains = batch * self.heads
             self.blocks = triton.cdiv(self.length, block)
             self.longest = self.length
-            self.table: Tensor | None = None
         else:
             self.length, self.heads, _ = tensor.shape
             self.chains = self.heads
-            sequences = offsets.shape[0] - 1
-            self.blocks = self.length // block + min(sequences, self.length)
+            self.sequences = offsets.shape[0] - 1
+            self.blocks = self.length // block + min(self.sequences, self.length)
             self.longest = min(longest, self.length)
-            self.table = _block_table(offsets, self.length, block, self.blocks)
+        self.packed = offsets is not None
 
     @property
     def slots(self) -> int:
@@ -134,35 +145,33 @@ class Geometry:
         """``|y| <= 2 sqrt(N) max|v|`` for every entry: that many powers of two are kept free."""
         return math.ceil(math.log2(2.0 * math.sqrt(max(1, self.longest))))
 
-    def strides(self, tensor: Tensor) -> tuple[int, int, int]:
-        """Strides of (batch, head, row)."""
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.heads, self.chains, self.blocks, self.length
+
+    def rows(self, dtype: torch.dtype, *shape: int) -> Part:
+        """A part of memory with a row for each row of all blocks."""
+        return dtype, (self.slots * self.block, *shape)
+
+    def strides(self, tensor: Tensor | None) -> tuple[int, int, int]:
+        """Strides of (batch, head, row); zeros where there is no tensor."""
+        if tensor is None:
+            return 0, 0, 0
         if self.packed:
             return 0, tensor.stride(1), tensor.stride(0)
         return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
-    def workspace(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-        return like.new_empty((self.slots * self.block, *shape), dtype=dtype)
 
+def rounds(geometry: Geometry) -> tuple[int, int]:
+    """The order of tickets, as ``(wide, deep)``: ``deep`` rows of blocks of ``wide`` chains, then the next chains.
 
-def _block_table(offsets: Tensor, total: int, block: int, blocks: int) -> Tensor:
-    """Per block: first row, number of rows, first and one past the last block of its sequence."""
-    # Wrong offsets that were not read give wrong results, but no index out of range.
-    offsets = offsets.clamp(0, total)
-    starts, ends = offsets[:-1], offsets[1:]
-    counts = (ends - starts).clamp(min=0)
-    after = ((counts + (block - 1)) // block).cumsum(0)
-    index = torch.arange(blocks, device=offsets.device)
-    sequence = torch.searchsorted(after, index, right=True)
-    used = sequence < after.shape[0]
-    sequence = sequence.clamp(max=max(0, after.shape[0] - 1))
-    last = after[sequence]
-    first = torch.where(sequence > 0, after[sequence - 1], 0)
-    local = (index - first) * block
-    rows = (counts[sequence] - local).clamp(0, block)
-    rows = torch.where(used, rows, 0)
-    return torch.stack((starts[sequence] + local, rows, first, last.clamp(max=blocks))).to(
-        torch.int32
-    )
+    After them come the rows from ``deep`` to ``2 deep``, of half as many chains at a time, and so on: what the
+    chains at work read stays about the same.
+    """
+    if geometry.packed:  # where a block is says nothing of how many come before it
+        return geometry.chains, geometry.blocks
+    wide = min(geometry.chains, MOST_CHAINS)
+    return wide, min(ROUND // wide, geometry.blocks)
 
 
 def longest_sequence(offsets: Tensor, packed: Tensor, longest: int | None) -> int:
@@ -174,29 +183,74 @@ def longest_sequence(offsets: Tensor, packed: Tensor, longest: int | None) -> in
     return max((stop - start for start, stop in pairwise(host)), default=0)
 
 
-class Control:
-    """The int32 zeros that a launch starts from, as views of one buffer.
+class Parts:
+    """The memory of a call by name: parts of one buffer of zeros, and of one that holds anything.
 
-    Every part starts at a multiple of 128 bytes: an alignment that depended on the length would compile
-    the kernels anew.
+    Args:
+        zeros: of each part, a dtype of four bytes and a number of entries.
+        scratch: dtype and shape; None for a part that the call does without.
     """
 
-    def __init__(self, like: Tensor, *slots: int) -> None:
-        room = [32, *(-(-count // 32) * 32 for count in slots)]
-        buffer = torch.zeros(sum(room), dtype=torch.int32, device=like.device)
-        self.ticket, *self.parts = buffer.split(room)
+    def __init__(
+        self, zeros: dict[str, tuple[torch.dtype, int]], scratch: dict[str, Part | None]
+    ) -> None:
+        self._places: list[tuple[int, int, torch.dtype, tuple[int, ...]] | None] = []
+        self._names = [*zeros, *scratch]
+        self._frame: Any = namedtuple("Frame", self._names)
+        self._sizes = [0, 0]
+        for buffer, parts in enumerate((zeros.values(), scratch.values())):
+            for part in parts:
+                if part is None:
+                    self._places.append(None)
+                    continue
+                dtype, shape = part
+                shape = shape if isinstance(shape, tuple) else (shape,)
+                self._places.append((buffer, self._sizes[buffer], dtype, shape))
+                size = dtype.itemsize * math.prod(shape)
+                self._sizes[buffer] += triton.cdiv(size, ALIGNMENT) * ALIGNMENT
+
+    def buffers(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(self._sizes[0] // 4, dtype=torch.int32, device=device)
+        return zeros, torch.empty(self._sizes[1], dtype=torch.uint8, device=device)
+
+    def tensor(self, name: str, buffers: tuple[Tensor, Tensor]) -> Tensor | None:
+        """A part as a tensor."""
+        place = self._places[self._names.index(name)]
+        if place is None:
+            return None
+        buffer, start, dtype, shape = place
+        count = dtype.itemsize * math.prod(shape)
+        whole = buffers[buffer].view(torch.uint8)
+        return whole[start : start + count].view(dtype).view(shape)
+
+    def tensors(self, buffers: tuple[Tensor, Tensor]) -> Any:
+        """All parts as tensors, by name."""
+        return self._frame(*[self.tensor(name, buffers) for name in self._names])
+
+    def addresses(self, buffers: tuple[Tensor, Tensor]) -> Any:
+        """All parts as addresses, by name."""
+        starts = buffers[0].data_ptr(), buffers[1].data_ptr()
+        return self._frame._make(
+            [None if place is None else starts[place[0]] + place[1] for place in self._places]
+        )
 
 
 class Call:
     """What a call's kernels share, kept between calls: everything that operands' layouts decide.
 
-    ``launch`` also keeps the compiled kernels: finding out anew, for every argument, what decides how a
-    kernel is compiled takes Triton longer than a short sequence's kernels run.
+    Contents and addresses are never kept, but for descriptors of tiles, which are found by their address.
     """
 
-    geometry: Geometry
-
-    def __init__(self, key: Tensor, value: Tensor, kernel_scale: float, *, keep: bool) -> None:
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kernel_scale: float,
+        offsets: Tensor | None,
+        longest: int,
+        *,
+        keep: bool,
+    ) -> None:
         self.width, self.value_width = key.shape[-1], value.shape[-1]
         # float32 inside also where float16 keys would move the exponents too far.
         exact = key.dtype == torch.float32 or kernel_scale * self.width > LARGEST_EXPONENT
@@ -210,28 +264,104 @@ class Call:
         self.key_width = sum(self.pieces.values())
         self.solution_width = sum(self.value_pieces.values())
         self.exact = {"CENTRED": self.plan.centred, "PRECISION": self.plan.precision}
-        self._keep = keep
-        self._compiled: dict[Any, tuple[Any, tuple[object, ...]]] = {}
+        self.geometry = Geometry(key, self.plan.block, offsets, longest)
+        self.device = key.device
+        self.parts: Parts | None = None
+        self.keep = keep and not interpreted()
+        self.kept: dict[int, Kept] = {}
+        self.direct = False
+        self.tiles: dict[tuple[int, int], tuple[object, ...]] = {}
+        self.hopper: bool | None = None  # whether stages can take Hopper's kernels
 
     def shift(self, power: int) -> float:
         return power - self.c2 * self.width
 
-    def launch(self, kernel: Any, programs: int, *args: object, **constants: object) -> None:
-        """Launch ``kernel`` with its arguments in order; ``constants`` are its constexprs and options.
 
-        Triton's launch hooks (profilers) see every launch; its debugging knobs count when they are set before a
-        layout is met.
+class Run:
+    """One use of a `Call`: its memory, ``at``, and the way to its kernels.
+
+    Once every kernel of a call is kept, operands and parts are passed as addresses: Triton's way through
+    tensors takes longer than a short sequence's kernels run.
+    """
+
+    def __init__(self, call: Call, parts: Callable[[], Parts]) -> None:
+        if call.parts is None:
+            call.parts = parts()
+        self.call = call
+        self.buffers = call.parts.buffers(call.device)  # to outlive what is launched
+        self.direct = call.direct and launches_are_unobserved()
+        if self.direct:
+            self.stream = stream_of(call.device)
+            self.at = call.parts.addresses(self.buffers)
+        else:
+            self.at = call.parts.tensors(self.buffers)
+
+    def operands(self, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Operands as this run's kernels take them."""
+        if self.direct:
+            return tuple([None if x is None else x.data_ptr() for x in tensors])
+        return tensors
+
+    def part(self, name: str) -> Any:
+        """A part as a tensor."""
+        assert self.call.parts is not None
+        return self.call.parts.tensor(name, self.buffers)
+
+    def tiles(
+        self, kernel: Any, wanted: Callable[[], tuple[tuple[Any, int, int], ...]]
+    ) -> tuple[Any, ...]:
+        """Parts as tiles that Hopper's copy engine moves, as a kernel's first arguments.
+
+        Args:
+            wanted: for each the part, its width, and the rows of a tile.
         """
-        which = (kernel, *constants.values())
-        known = self._compiled.get(which)
-        if known is not None:
-            compiled, order = known
-            compiled[programs, 1, 1](*args, *order)
-            return
-        compiled = kernel[programs,](*args, **constants)
-        if self._keep and compiled is not None and not interpreted():
-            names = kernel.arg_names[len(args) :]
-            self._compiled[which] = compiled, tuple(constants[name] for name in names)
+        from .hopper_tiles import tile_descriptor
+
+        if not self.direct:
+            return tuple([tile_descriptor(part.view(-1, w), rows) for part, w, rows in wanted()])
+        # All parts lie in one buffer, so that its address tells theirs.
+        where = id(kernel), self.buffers[1].data_ptr()
+        known = self.call.tiles.get(where)
+        if known is None:
+            if len(self.call.tiles) >= MOST_TILES:
+                self.call.tiles.clear()
+            kept = self.call.kept[id(kernel)]
+            each = [kept.describe(index, part) for index, (part, _, _) in enumerate(wanted())]
+            known = self.call.tiles[where] = tuple([x for found in each for x in found])
+        return known
+
+    def launch(
+        self,
+        kernel: Any,
+        programs: int,
+        pointers: tuple[Any, ...],
+        sizes: Callable[[], tuple[object, ...]],
+        constants: Callable[[], dict[str, object]],
+    ) -> None:
+        """Launch ``kernel(*pointers, *sizes(), **constants())``.
+
+        ``sizes`` and ``constants`` (compile-time constants and options) follow from the layout: a kept kernel has them.
+        No kernel is launched twice in a call that is kept.
+        """
+        kept = self.call.kept.get(id(kernel))
+        if kept is None:
+            numbers, named = sizes(), constants()
+            compiled = kernel[programs,](*pointers, *numbers, **named)
+            if self.call.keep:
+                names = kernel.arg_names[len(pointers) + len(numbers) :]
+                tail = (*numbers, *(named[name] for name in names))
+                self.call.kept[id(kernel)] = Kept(compiled, programs, pointers, tail)
+        elif self.direct:
+            kept.launch(self.stream, pointers)
+        else:
+            kept(pointers)
+
+    def end(self) -> None:
+        """All kernels of the call were launched: from the next run on they are launched by address."""
+        call = self.call
+        # Centred calls want a tensor for their reference; they are slow enough not to mind.
+        if call.keep and not call.direct and not call.plan.centred:
+            call.direct = all(kept.direct for kept in call.kept.values())
 
 
 _calls: dict[tuple[object, ...], Call] = {}
@@ -252,39 +382,25 @@ def call_for(
     Args:
         keep: each kernel is launched once in such a call, so that it can be kept with it.
     """
-    operands = (key, value, *others)
     # What Triton compiles for depends on dtypes, strides, which operands there are and whether
     # pointers are multiples of 16; one that is not takes the long way.
     signature: list[object] = [key.device, kernel_scale]
     pointers = 0
-    for x in operands:
+    for x in (key, value, *others):
         if x is None:
             signature.append(None)
         else:
             signature += (x.dtype, x.shape, x.stride())
             pointers |= x.data_ptr()
     if offsets is not None:
-        signature.append(offsets.shape[0])
+        signature += (offsets.shape[0], longest)
     keep = keep and pointers % 16 == 0
     known = tuple(signature)
     call = _calls.get(known) if keep else None
     if call is None:
-        call = Call(key, value, kernel_scale, keep=keep)
-        if offsets is None:
-            call.geometry = Geometry(key, call.plan.block)
+        call = Call(key, value, kernel_scale, offsets, longest, keep=keep)
         if keep:
             if len(_calls) >= MOST_CALLS:
                 _calls.clear()
             _calls[known] = call
-    if offsets is not None:
-        call = copy.copy(call)
-        call.geometry = Geometry(key, call.plan.block, offsets, longest)
     return call
-
-
-class Prepared(NamedTuple):
-    keys: Tensor
-    weights: Tensor | None
-    live: Tensor
-    inverse: Tensor | None
-    reference: Tensor | None

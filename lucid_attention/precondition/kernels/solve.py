@@ -61,8 +61,8 @@ def inverse_tile(T, R: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
 def solve_kernel(
-    Kh, Wt, T, Value, value_b, value_h, value_n, Yh, Y, y_b, y_h, y_n,
-    Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
+    Kh, Wt, T, Value, Yh, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
+    value_b, value_h, value_n, y_b, y_h, y_n,
     heads, chains, blocks, length, value_width, headroom, c2, shift, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,

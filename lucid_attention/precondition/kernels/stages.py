@@ -1,9 +1,13 @@
-"""A call's stages, each one launch or two: workspaces, grids, arguments, which kernel family."""
+"""A call's stages, each one launch: memory, grids, arguments, which kernel family.
+
+``at`` has a call's memory by name (`plan.Parts`); operands are as `plan.Run.operands` returns them.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import importlib
+from typing import Any
 
 import torch
 import triton
@@ -17,62 +21,21 @@ from .plan import (
     SHIFT_BACKWARD,
     SHIFT_FORWARD,
     Call,
-    Control,
     Geometry,
-    Prepared,
+    Part,
+    Parts,
+    Run,
     interpreted,
 )
 from .prepare import prepare_kernel
 from .solve import solve_kernel
+from .table import table_kernel
 from .toward import toward_kernel
 
 PREPARED_ROWS = 32
-
-
-def prepare(
-    call: Call,
-    geometry: Geometry,
-    key: Tensor,
-    value: Tensor,
-    second: Tensor | None,
-    strength: Tensor | None,
-    mask: Tensor | None,
-    reference: Tensor | None,
-    largest: Tensor,
-    largest_second: Tensor | None,
-    bad: Tensor,
-    *,
-    past: bool = False,
-) -> Prepared:
-    plan = call.plan
-    half = plan.block // 2
-    keys = geometry.workspace(key, plan.dtype, call.key_width)
-    weights = geometry.workspace(key, torch.float32) if plan.centred else None
-    live = geometry.workspace(key, torch.int8)
-    rows = min(plan.block, PREPARED_ROWS)
-    call.launch(
-        prepare_kernel, geometry.slots * (plan.block // rows),
-        key, *geometry.strides(key), reference, 0 if reference is None else reference.shape[-2],
-        value, *geometry.strides(value),
-        second, *((0, 0, 0) if second is None else geometry.strides(second)),
-        mask, geometry.table, keys, weights, live, largest, largest_second, bad,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length,
-        call.width, call.value_width, call.c2, KEY_EPS,
-        R=plan.block, ROWS=rows, PACKED=geometry.packed, PAST=past, CENTRED=plan.centred,
-        **call.pieces, **call.value_pieces, num_warps=4,
-    )  # fmt: skip
-    if past:
-        return Prepared(keys, weights, live, None, reference)
-    inverse = key.new_empty((geometry.slots, 3, half, half), dtype=plan.dtype)
-    call.launch(
-        inverse_kernel, geometry.slots,
-        keys, weights, live, strength, inverse, geometry.heads, geometry.chains, geometry.blocks,
-        call.c2, call.shift(0),
-        R=plan.block, **call.pieces, **call.exact, num_warps=4,
-        # More programs to a multiprocessor: 10 % and 3 % faster, and slower with fewer registers.
-        maxnreg={64: 96, 128: 128}.get(call.key_width),
-    )  # fmt: skip
-    return Prepared(keys, weights, live, inverse, reference)
+INVERSE_SHAPE = {64: (4, 128), 128: (4, 128)}
+"""By head size, warps and registers to a thread: while one program waits for memory, others multiply."""
+INT, FLOAT = torch.int32, torch.float32
 
 
 @functools.cache
@@ -85,156 +48,305 @@ def _has_hopper_kernels(device: torch.device) -> bool:
     )
 
 
-def _hopper(call: Call, tensor: Tensor) -> bool:
+@functools.cache
+def _hopper_module(name: str) -> Any:
+    return importlib.import_module(f".hopper_{name}", __package__)
+
+
+def _hopper(call: Call) -> bool:
     """Half precision with head sizes of one piece, on a card that has the kernels."""
-    pieces = (*call.pieces.values(), *call.value_pieces.values())
-    return (
-        call.plan.dtype == torch.float16
-        and all(piece in (0, 64, 128) for piece in pieces)
-        and pieces[1] == pieces[3] == 0
-        and _has_hopper_kernels(tensor.device)
-    )
+    if call.hopper is None:
+        pieces = (*call.pieces.values(), *call.value_pieces.values())
+        call.hopper = (
+            call.plan.dtype == torch.float16
+            and all(piece in (0, 64, 128) for piece in pieces)
+            and pieces[1] == pieces[3] == 0
+            and _has_hopper_kernels(call.device)
+        )
+    return call.hopper
 
 
-def has_fused_adjoint(call: Call, tensor: Tensor) -> bool:
+def has_fused_adjoint(call: Call) -> bool:
     """Both halves of the key gradient in the adjoint sweep: registers allow values as wide as keys."""
-    return _hopper(call, tensor) and call.solution_width <= call.key_width
+    return _hopper(call) and call.solution_width <= call.key_width
 
 
-def in_range(call: Call, geometry: Geometry, value: Tensor, largest: Tensor) -> Tensor:
-    """Values as a column workspace, scaled by their largest."""
-    rows = geometry.workspace(value, call.plan.dtype, call.solution_width)
-    call.launch(
-        range_kernel, geometry.slots,
-        value, *geometry.strides(value), rows, largest, 0,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,
-        R=call.plan.block, CENTRED=call.plan.centred, **call.value_pieces, num_warps=4,
-    )  # fmt: skip
-    return rows
+# Memory
 
 
-def solve(call: Call, prepared: Prepared, value: Tensor, out: Tensor, mask: Tensor | None, strength: Tensor | None, control: Control) -> None:  # fmt: skip
+def _prepared(call: Call, geometry: Geometry, *, inverted: bool = True) -> dict[str, Part | None]:
+    """What `prepare` writes."""
+    plan, half = call.plan, call.plan.block // 2
+    return {
+        "table": (INT, (4, geometry.blocks)) if geometry.packed else None,
+        "keys": geometry.rows(plan.dtype, call.key_width),
+        "weights": geometry.rows(FLOAT) if plan.centred else None,
+        "live": geometry.rows(torch.int8),
+        "inverse": (plan.dtype, (geometry.slots, 3, half, half)) if inverted else None,
+    }
+
+
+def solve_parts(call: Call) -> Parts:
+    geometry = call.geometry
+    zeros = dict.fromkeys(("done", "largest", "bad"), (INT, geometry.slots))
+    scratch = _prepared(call, geometry)
+    scratch["solved"] = geometry.rows(call.plan.dtype, call.solution_width)
+    return Parts({"ticket": (INT, 1), **zeros}, scratch)
+
+
+def adjoint_parts(call: Call, *, fused: bool) -> Parts:
+    """Memory in units of the values', fused: gh 1 and toward 2."""
     geometry, plan = call.geometry, call.plan
-    if _hopper(call, value):
-        from .hopper_solve import hopper_solve
+    zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
+    # Programs of Hopper's adjoint report by halves of a block, and pass on turns to add.
+    zeros["turn"] = (INT, 2 * geometry.slots * fused)
+    zeros["pairs"] = (FLOAT, geometry.slots * (1 + fused))
+    scratch = _prepared(call, geometry)
+    scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
+    scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
+    scratch["toward"] = geometry.rows(FLOAT, call.key_width)
+    scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
+    return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
-        hopper_solve(call, prepared, value, out, mask, strength, control)
+
+def past_parts(call: Call, geometry: Geometry) -> Parts:
+    """Rows that are not solved: a past, or a chunk's keys before its right-hand side is known."""
+    scratch = _prepared(call, geometry, inverted=False)
+    scratch["rows"] = geometry.rows(call.plan.dtype, call.solution_width)
+    zeros = dict.fromkeys(("largest", "bad"), (INT, geometry.slots))
+    return Parts({**zeros, "largest_second": (INT, 0)}, scratch)
+
+
+# Launches
+
+
+def table(run: Run, offsets: Any) -> None:
+    """Where the blocks of a packed batch are."""
+    geometry = run.call.geometry
+    if geometry.packed:
+        run.launch(
+            table_kernel, geometry.sequences + 1, (offsets, run.at.table),
+            lambda: (geometry.sequences, geometry.length, geometry.blocks),
+            lambda: {"R": geometry.block, "CHUNK": 128, "num_warps": 1},
+        )  # fmt: skip
+
+
+def prepare(
+    run: Run,
+    geometry: Geometry,
+    at: Any,
+    key: Any,
+    value: Any,
+    second: Any,
+    mask: Any,
+    strength: Any,
+    reference: Tensor | None,
+    *,
+    past: bool = False,
+    fused: bool = False,
+) -> None:
+    """Normalised keys, ranges, and, unless the rows are a ``past``, the inverses of the diagonal blocks.
+
+    Args:
+        fused: the inverses are for Hopper's fused adjoint.
+    """
+    call, plan = run.call, run.call.plan
+
+    def shared() -> dict[str, object]:
+        return {
+            "R": plan.block, "PACKED": geometry.packed, "CENTRED": plan.centred,
+            **call.pieces, **call.value_pieces,
+        }  # fmt: skip
+
+    rows = 0 if reference is None else reference.shape[-2]
+    if past:
+        run.launch(
+            prepare_kernel, geometry.slots * (plan.block // PREPARED_ROWS),
+            (
+                key, reference, value, mask, at.table, at.keys, at.weights, at.live, at.largest, at.bad,
+            ),
+            lambda: (
+                *geometry.strides(key), rows, *geometry.strides(value), *geometry.sizes,
+                call.width, call.value_width, call.c2, KEY_EPS,
+            ),
+            lambda: {**shared(), "ROWS": PREPARED_ROWS, "num_warps": 4},
+        )  # fmt: skip
         return
-    done, largest, bad = control.parts[:3]
-    solved = geometry.workspace(value, plan.dtype, call.solution_width)
+    warps, registers = INVERSE_SHAPE.get(call.key_width, (4, None))
+    run.launch(
+        inverse_kernel, geometry.slots,
+        (
+            key, reference, value, second, mask, at.table, at.keys, at.weights, at.live,
+            at.largest, None if second is None else at.largest_second, at.bad, strength, at.inverse,
+        ),
+        lambda: (
+            *geometry.strides(key), rows, *geometry.strides(value), *geometry.strides(second),
+            *geometry.sizes, call.width, call.value_width, call.c2, call.shift(0), KEY_EPS, 1.0,
+        ),
+        lambda: {
+            **shared(), **call.exact, "OPERAND": fused,
+            "WARPS": warps, "num_warps": warps, "maxnreg": registers,
+        },
+    )  # fmt: skip
+
+
+def solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
+    call, at, geometry, plan = run.call, run.at, run.call.geometry, run.call.plan
+    if _hopper(call):
+        _hopper_module("solve").hopper_solve(run, value, out, mask, strength)
+        return
     tiles = plan.solve
-    call.launch(
+    run.launch(
         solve_kernel, geometry.slots,
-        prepared.keys, prepared.weights, prepared.inverse, value, *geometry.strides(value),
-        solved, out, *geometry.strides(out), mask, strength, geometry.table,
-        done, largest, bad, control.ticket,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,
-        geometry.headroom, call.c2, call.shift(SHIFT_FORWARD), 1.0,
-        R=plan.block, M=tiles.columns, STAGES=tiles.stages, PACKED=geometry.packed,
-        SHIFT=SHIFT_FORWARD, INTERPRET=interpreted(),
-        **call.pieces, **call.value_pieces, **call.exact, num_warps=tiles.warps,
+        (
+            at.keys, at.weights, at.inverse, value, at.solved, out, mask, strength, at.table,
+            at.done, at.largest, at.bad, at.ticket,
+        ),
+        lambda: (
+            *geometry.strides(value), *geometry.strides(out), *geometry.sizes, call.value_width,
+            geometry.headroom, call.c2, call.shift(SHIFT_FORWARD), 1.0,
+        ),
+        lambda: {
+            "R": plan.block, "M": tiles.columns, "STAGES": tiles.stages, "PACKED": geometry.packed,
+            "SHIFT": SHIFT_FORWARD, "INTERPRET": interpreted(), "num_warps": tiles.warps,
+            **call.pieces, **call.value_pieces, **call.exact,
+        },
     )  # fmt: skip
 
 
-def adjoint(call: Call, prepared: Prepared, grad: Tensor, solution: Tensor, grad_value: Tensor, strength: Tensor | None, control: Control) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns ``Gh``, ``Yh``, the later half of the key gradient (and its row sums), and ``-sum T``."""
-    geometry, plan = call.geometry, call.plan
-    done, largest_grad, largest_solution, bad = control.parts[:4]
-    gh = geometry.workspace(grad, plan.dtype, call.solution_width)
-    yh = geometry.workspace(grad, plan.dtype, call.solution_width)
-    toward = geometry.workspace(grad, torch.float32, call.key_width)
-    sums = geometry.workspace(grad, torch.float32) if plan.centred else None
-    strength_sum = None
-    if strength is not None:
-        strength_sum = torch.zeros(geometry.slots, dtype=torch.float32, device=grad.device)
+def fused_adjoint(
+    run: Run, grad: Any, solution: Any, grad_value: Any, key: Any, grad_key: Any, mask: Any, strength: Any
+) -> None:  # fmt: skip
+    """DV and the key's gradient, by Hopper's kernels."""
+    hopper_adjoint = _hopper_module("adjoint").hopper_adjoint
+    hopper_adjoint(run, grad, solution, grad_value, key, grad_key, mask, strength)
+
+
+def adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength: Any) -> None:
+    """dV, what `toward` needs of it, and half of the key gradient."""
+    call, at, geometry, plan = run.call, run.at, run.call.geometry, run.call.plan
     tiles = plan.adjoint
-    call.launch(
+    run.launch(
         adjoint_kernel, geometry.slots,
-        prepared.keys, prepared.weights, prepared.inverse, prepared.live,
-        grad, *geometry.strides(grad), solution, *geometry.strides(solution),
-        gh, yh, grad_value, *geometry.strides(grad_value), toward, sums, strength_sum,
-        strength, geometry.table, done, largest_grad, largest_solution, bad, control.ticket,
-        geometry.heads, geometry.chains, geometry.blocks, geometry.length, call.value_width,
-        geometry.headroom, call.c2, call.shift(SHIFT_BACKWARD), 1.0,
-        R=plan.block, M=tiles.columns, STAGES=tiles.stages, PACKED=geometry.packed,
-        SHIFT=SHIFT_BACKWARD, INTERPRET=interpreted(),
-        **call.pieces, **call.value_pieces, **call.exact, num_warps=tiles.warps,
+        (
+            at.keys, at.weights, at.inverse, at.live, grad, solution, at.gh, at.yh, grad_value,
+            at.toward, at.sums, None if strength is None else at.pairs, strength, at.table,
+            at.done, at.largest, at.largest_second, at.bad, at.ticket,
+        ),
+        lambda: (
+            *geometry.strides(grad), *geometry.strides(solution), *geometry.strides(grad_value),
+            *geometry.sizes, call.value_width, geometry.headroom, call.c2,
+            call.shift(SHIFT_BACKWARD), 1.0,
+        ),
+        lambda: {
+            "R": plan.block, "M": tiles.columns, "STAGES": tiles.stages, "PACKED": geometry.packed,
+            "SHIFT": SHIFT_BACKWARD, "INTERPRET": interpreted(), "num_warps": tiles.warps,
+            **call.pieces, **call.value_pieces, **call.exact,
+        },
     )  # fmt: skip
-    return gh, yh, toward, sums, strength_sum
-
-
-class Operand(NamedTuple):
-    """A value workspace with the range that it was scaled by."""
-
-    rows: Tensor
-    largest: Tensor
-    headroom: int
 
 
 def toward(
-    call: Call,
+    run: Run,
     geometry: Geometry,
-    prepared: Prepared,
-    rows: Operand,
-    columns: Prepared,
+    at: Any,
+    rows: Any,
+    headroom: int,
+    columns: Any,
+    operand: Any,
+    operand_largest: Any,
+    operand_headroom: int,
     column_blocks: int,
-    operand: Operand,
-    toward: Tensor,
-    sums: Tensor | None,
-    key: Tensor,
-    grad_key: Tensor,
-    mask: Tensor | None,
-    strength: Tensor | None,
-    bad: Tensor,
+    sums: tuple[Any, Any],
+    key: Any,
+    grad_key: Any,
+    mask: Any,
+    strength: Any,
+    reference: Tensor | None,
     *,
     causal: bool,
     add: bool,
     finish: bool,
-    strength_sum: Tensor | None = None,
+    strength_sum: Any = None,
 ) -> None:
-    plan, tiles = call.plan, call.plan.toward
-    reference = prepared.reference
-    call.launch(
+    """What the columns, with their ``operand``, give to the key gradient of ``rows``; ``sums``: it and its weights.
+
+    Args:
+        at, columns: the memory of the rows' and of the columns' keys.
+    """
+    call, plan, tiles = run.call, run.call.plan, run.call.plan.toward
+    run.launch(
         toward_kernel, geometry.slots,
-        prepared.keys, prepared.weights, *rows, columns.keys, columns.weights, *operand,
-        toward, sums, key, *geometry.strides(key),
-        reference, 0 if reference is None else reference.shape[-2],
-        grad_key, *geometry.strides(grad_key), mask, strength, strength_sum, geometry.table, bad,
-        geometry.heads, geometry.chains, geometry.blocks, column_blocks, geometry.length,
-        call.width, call.c2, call.shift(SHIFT_BACKWARD), call.kernel_scale, KEY_EPS, 1.0,
-        R=plan.block, M=tiles.columns, STAGES=tiles.stages, PACKED=geometry.packed,
-        CAUSAL=causal, ADD=add, FINISH=finish, SHIFT=SHIFT_BACKWARD,
-        **call.pieces, **call.value_pieces, **call.exact, num_warps=tiles.warps,
+        (
+            at.keys, at.weights, rows, at.largest, columns.keys, columns.weights, operand, operand_largest,
+            *sums, key, reference, grad_key, mask, strength, strength_sum, at.table, at.bad,
+        ),
+        lambda: (
+            headroom, operand_headroom, *geometry.strides(key),
+            0 if reference is None else reference.shape[-2], *geometry.strides(grad_key),
+            geometry.heads, geometry.chains, geometry.blocks, column_blocks, geometry.length,
+            call.width, call.c2, call.shift(SHIFT_BACKWARD), call.kernel_scale, KEY_EPS, 1.0,
+        ),
+        lambda: {
+            "R": plan.block, "M": tiles.columns, "STAGES": tiles.stages, "PACKED": geometry.packed,
+            "CAUSAL": causal, "ADD": add, "FINISH": finish, "SHIFT": SHIFT_BACKWARD,
+            "num_warps": tiles.warps, **call.pieces, **call.value_pieces, **call.exact,
+        },
     )  # fmt: skip
 
 
-def answer(call: Call, geometry: Geometry, prepared: Prepared, columns: Prepared, column_blocks: int, operand: Operand, value: Tensor | None, strength: Tensor | None, bad: Tensor) -> Tensor:  # fmt: skip
-    plan, tiles = call.plan, call.plan.solve
-    out = prepared.keys.new_empty(
-        (geometry.chains // geometry.heads, geometry.heads, geometry.length, call.value_width),
-        dtype=torch.float32,
-    )
-    call.launch(
+def in_range(run: Run, geometry: Geometry, at: Any, value: Tensor) -> None:
+    """A past's values as columns, scaled by their largest: ``at.rows``."""
+    call, plan = run.call, run.call.plan
+    run.launch(
+        range_kernel, geometry.slots, (value, at.rows, at.largest),
+        lambda: (*geometry.strides(value), 0, *geometry.sizes, call.value_width),
+        lambda: {"R": plan.block, "CENTRED": plan.centred, "num_warps": 4, **call.value_pieces},
+    )  # fmt: skip
+
+
+def answer(
+    run: Run,
+    geometry: Geometry,
+    at: Any,
+    columns: Any,
+    column_blocks: int,
+    operand: Any,
+    headroom: int,
+    value: Tensor | None,
+    strength: Any,
+) -> Tensor:
+    """``value - b P operand`` between rows ``at`` and ``columns``, in float32."""
+    call, plan, tiles = run.call, run.call.plan, run.call.plan.solve
+    shape = (geometry.chains // geometry.heads, geometry.heads, geometry.length, call.value_width)
+    out = torch.empty(shape, dtype=FLOAT, device=call.device)
+    run.launch(
         answer_kernel, geometry.slots,
-        prepared.keys, prepared.weights, columns.keys, columns.weights, *operand,
-        value, *((0, 0, 0) if value is None else geometry.strides(value)), out, strength, bad,
-        geometry.heads, geometry.chains, geometry.blocks, column_blocks, geometry.length,
-        call.value_width, call.c2, call.shift(SHIFT_FORWARD), 1.0,
-        R=plan.block, M=tiles.columns, STAGES=tiles.stages, SHIFT=SHIFT_FORWARD,
-        **call.pieces, **call.value_pieces, **call.exact, num_warps=tiles.warps,
+        (
+            at.keys, at.weights, columns.keys, columns.weights, operand, columns.largest,
+            value, out, strength, columns.bad,
+        ),
+        lambda: (
+            *geometry.strides(value), headroom, geometry.heads, geometry.chains, geometry.blocks,
+            column_blocks, geometry.length, call.value_width, call.c2, call.shift(SHIFT_FORWARD), 1.0,
+        ),
+        lambda: {
+            "R": plan.block, "M": tiles.columns, "STAGES": tiles.stages, "SHIFT": SHIFT_FORWARD,
+            "num_warps": tiles.warps, **call.pieces, **call.value_pieces, **call.exact,
+        },
     )  # fmt: skip
     return out
 
 
 def reference(
-    call: Call, key: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+    run: Run, key: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
 ) -> Tensor | None:
     """float32 only: the key that a sequence's kernel is centred on, its first, at length sqrt(D)."""
-    if not call.plan.centred:
+    if not run.call.plan.centred:
         return None
-    geometry = call.geometry
-    if geometry.table is not None:
-        rows = geometry.table[0].clamp(max=max(0, geometry.length - 1))
+    geometry = run.call.geometry
+    if geometry.packed:
+        rows = run.at.table[0].clamp(0, max(0, geometry.length - 1))
         first = key.index_select(0, rows).transpose(0, 1)
     elif past is not None:
         first = past[0][:, :, :1]

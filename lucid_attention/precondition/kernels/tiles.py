@@ -19,7 +19,7 @@ def place_rows(Blocks, block, blocks, length, index, R: tl.constexpr, PACKED: tl
     """Rows ``index`` of a block: where they are, which of them exist; and about the block's sequence.
 
     Returns: rows, whether each exists, how many do in the block (packed), the sequence's first block. See
-    ``plan._block_table``.
+    ``table.py``.
     """
     if PACKED:
         rows = tl.load(Blocks + block) + index
@@ -32,6 +32,24 @@ def place_rows(Blocks, block, blocks, length, index, R: tl.constexpr, PACKED: tl
         inside = rows < length
         first = 0 * block
     return rows, inside, count, first
+
+
+@triton.jit
+def place_ticket(ticket, chains, blocks, wide, deep):
+    """A ticket's chain and its row of blocks, from the end that is solved first; see ``plan.rounds``."""
+    low = 0 * ticket
+    high = low + deep
+    group = low + wide
+    while ticket >= high * chains:
+        low = high
+        high = 2 * high
+        group = tl.maximum(group // 2, 1)
+    rows = tl.minimum(high, blocks) - low
+    rest = ticket - low * chains
+    first = rest // (group * rows) * group
+    rest -= first * rows
+    members = tl.minimum(group, chains - first)
+    return first + rest % members, low + rest // members
 
 
 @triton.jit

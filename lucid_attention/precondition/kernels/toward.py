@@ -37,9 +37,9 @@ from .tiles import (
     ]
 )
 def toward_kernel(
-    Kh, Wt, A, LargestA, headroom_a, ColumnKh, ColumnWt, B, LargestB, headroom_b,
-    Toward, TowardSum, Key, key_b, key_h, key_n, Reference, reference_c, GradKey, out_b, out_h, out_n,
+    Kh, Wt, A, LargestA, ColumnKh, ColumnWt, B, LargestB, Toward, TowardSum, Key, Reference, GradKey,
     Mask, Strength, StrengthSum, Blocks, Bad,
+    headroom_a, headroom_b, key_b, key_h, key_n, reference_c, out_b, out_h, out_n,
     heads, chains, blocks, column_blocks, length, width, c2, shift, scale, eps, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     R: tl.constexpr, M: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,

@@ -1,14 +1,16 @@
 """Compile the kernels for Hopper without a GPU, and look for what Triton's assembler did wrong.
 
-    python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true]]'
+    python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true, false]]'
 
-takes (head size, value size, length, Hopper's own kernels or the portable ones) and prints, for each
+takes (head size, value size, length, Hopper's own kernels or the portable ones, and which of the former's two
+schedules: as for many blocks or for few) and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, and whether the assembler gave
 up on running products beside other work. A program of its own: Triton's driver is one to a process.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -30,17 +32,26 @@ COMPILED: list[Any] = []
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+ )?(\S+)\s*(.*?);")
 
 
+LAUNCHED: list[tuple[str, tuple[Any, ...]]] = []
+
+
+def note(kernel: str, *args: Any) -> None:
+    LAUNCHED.append((kernel, args))
+
+
 class Launcher:
-    """Launches nothing."""
+    """Notes what a launch would be given, in the place of the function in C; see `nvidia.CudaLauncher`."""
+
+    launch_cooperative_grid = launch_pdl = False
+    global_scratch_size = profile_scratch_size = 0
 
     def __init__(self, source: Any, metadata: Any) -> None:
         meta = getattr(metadata, "tensordesc_meta", None)
-        self.expand = nvidia.wrap_handle_tensordesc(
-            lambda *_: None, dict(source.signature.items()), meta
-        )
+        launcher = functools.partial(note, source.name)  # like a function in C, it has no code
+        self.launch = nvidia.wrap_handle_tensordesc(launcher, dict(source.signature.items()), meta)
 
-    def __call__(self, *args: Any) -> None:
-        self.expand(*args[:5], 0, 0, None, None, *args[5:])
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *args: Any) -> None:
+        self.launch(x, y, z, stream, function, False, False, None, None, *args)
 
 
 class Utilities:
@@ -141,9 +152,13 @@ def _instructions(code: str) -> Iterator[tuple[str, str]]:
             yield match[1], match[2]
 
 
-def compile_all(width: int, value_width: int, seq: int, hopper: bool, past: bool = True) -> None:
+def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool) -> None:
     """Every kernel of a call with a strength, forward and backward, and of one with a past."""
-    from lucid_attention.precondition.kernels import launch, stages
+    from lucid_attention.precondition.kernels import launch, plan, stages
+
+    adjoint: Any = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
+    adjoint.LATE_FROM = dict.fromkeys((64, 128), 0 if late else 1 << 30)
+    plan._calls.clear()
 
     stages._has_hopper_kernels = lambda device: hopper  # type: ignore[assignment]
     key = torch.zeros(1, 2, seq, width, dtype=torch.bfloat16)
@@ -152,7 +167,7 @@ def compile_all(width: int, value_width: int, seq: int, hopper: bool, past: bool
     for more in (None, strength):
         launch.solve_dense(key, value, more, None, None, None, width**-0.5)
         launch.adjoint_dense(value, key, value, more, None, None, None, width**-0.5)
-    if not hopper and past:
+    if not hopper:
         before = (key[:, :, :100], value[:, :, :100].float())
         launch.solve_dense(key, value, strength, None, *before, width**-0.5)
         launch.adjoint_dense(value, key, value, strength, None, *before, width**-0.5)

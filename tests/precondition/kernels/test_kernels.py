@@ -255,6 +255,28 @@ def test_one_loud_head_does_not_cost_the_others(device: str) -> None:
         assert torch.equal(g[:, 0], e[:, 0])
 
 
+@pytest.mark.parametrize("row", [0, 63, 64, 127, 128, 199])
+def test_one_loud_row_is_found_wherever_it_is(row: int, device: str) -> None:
+    """A largest value that is overlooked overflows float16: the others are some hundred times smaller."""
+    leaves = operands("cos0.5", 1, 1, 200, 20, value_width=12, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        leaves[1][0, 0, row, row % 12] = -500
+    exact = run(widened(leaves), "reference")
+    for g, e in zip(run(leaves, "triton"), exact, strict=True):
+        assert relative_error(g, e) < 2e-2
+
+
+def test_keys_too_large_to_square(device: str) -> None:
+    """Finite keys whose squares are not: their norm is infinite, and they couple to nothing."""
+    leaves = operands("cos0.5", 1, 1, 150, 20, value_width=12, dtype=torch.bfloat16, device=device)
+    zero = [x.detach().clone() for x in leaves]
+    with torch.no_grad():
+        leaves[0][0, 0, 70] = 1e30
+        zero[0][0, 0, 70] = 0
+    y, expected = (precondition(*x, impl="triton") for x in (leaves, zero))
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_nan_stays_where_it_is(dtype: torch.dtype, place: str, device: str) -> None:
@@ -363,4 +385,4 @@ def test_opcheck(optional: bool, device: str) -> None:
             torch.randn(2, 2, 7, 4, device=device, requires_grad=True),
         )
     args = (key, value, *extra, 0.4, "triton")
-    torch.library.opcheck(operators.precondition, args, test_utils=checks)
+    torch.library.opcheck(operators.precondition.overload, args, test_utils=checks)

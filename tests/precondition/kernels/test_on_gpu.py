@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lucid_attention import lucid_attention, precondition, precondition_varlen
 from lucid_attention.precondition import implementation
+from lucid_attention.precondition.kernels import plan
 from tests.conftest import HARD_KEYS, make_keys, relative_error
 from tests.precondition.kernels.test_kernels import (
     close,
@@ -136,10 +137,32 @@ def test_schedules_change_no_bit(case: str, width: int, monkeypatch: pytest.Monk
         leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
     adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
     expected = run(leaves, "triton", **options)
-    monkeypatch.setattr(adjoint, "LONG", 0)
+    monkeypatch.setattr(adjoint, "LATE_FROM", {64: 0, 128: 0})
+    monkeypatch.setattr(plan, "_calls", {})  # which schedule it is is kept with a call
     for _ in range(3):
         for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
             assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_more_blocks_than_the_card_holds(
+    late: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several rounds of programs: each takes up what the one before it left in barriers and buffers."""
+    adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
+    monkeypatch.setattr(adjoint, "LATE_FROM", dict.fromkeys((64, 128), 0 if late else 1 << 30))
+    monkeypatch.setattr(plan, "_calls", {})
+    leaves = operands("cos0.5", 8, 8, 4000, width, value_width=width, dtype=BRAIN, device="cuda")
+    expected = run(leaves, "triton")
+    for _ in range(20):
+        for g, e in zip(run(leaves, "triton"), expected, strict=True):
+            assert torch.equal(g, e)
+    few = [x.detach()[5:6, 3:4].requires_grad_() for x in leaves]
+    grad = torch.cos(torch.arange(expected[0].numel(), device="cuda")).view(expected[0].shape)
+    exact = run(widened(few), "blocked", grad[5:6, 3:4].double())
+    for g, e in zip(expected, exact, strict=True):
+        assert relative_error(g[5:6, 3:4], e) < 1e-2
 
 
 @pytest.mark.parametrize("width", [64, 128])
