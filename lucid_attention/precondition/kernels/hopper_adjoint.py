@@ -298,6 +298,8 @@ def _group(
     s = similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
     if LATE:
         edge = gl.where(late > 0, 128, (PARTS - 1) * M - 64 * W)
+        if SUM:  # not a constant: products that are known to count would be added unrounded, other than below
+            edge += anew()
         s, acc, toward, total = sweep_tile(
             s, acc, toward, total, tile, sweep, tiles > 1, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,

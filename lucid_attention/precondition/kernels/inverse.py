@@ -150,27 +150,26 @@ def inverse_kernel(
     upper, upper_live, first_block = live_rows(Mask, Blocks, batch, block, blocks, length, row, R, PACKED)  # fmt: skip
     lower, lower_live, _ = live_rows(Mask, Blocks, batch, block, blocks, length, H + row, R, PACKED)
     keys = Key + batch * key_b + head * key_h
-    values = Value + batch * value_b + head * value_h
-    seconds = None
-    if Second is not None:
-        seconds = Second + batch * second_b + head * second_h
     start = (chain.to(tl.int64) * blocks + block) * R
     reference = chain.to(tl.int64) * reference_c + first_block
     k1, k2 = load_keys(keys, upper, key_n, upper_live, width, D1, D2)
     squares = store_keys(
-        k1, k2, upper_live, Reference, Kh, Wt, Live, start + row, reference, width, c2, eps,
+        k1, k2, upper_live, row >= 0, Reference, Kh, Wt, Live, start + row, reference, width, c2, eps,
         D1, D2, CENTRED,
     )  # fmt: skip
     k1, k2 = load_keys(keys, lower, key_n, lower_live, width, D1, D2)
     squares += store_keys(
-        k1, k2, lower_live, Reference, Kh, Wt, Live, start + H + row, reference, width, c2, eps,
+        k1, k2, lower_live, row >= 0, Reference, Kh, Wt, Live, start + H + row, reference, width, c2, eps,
         D1, D2, CENTRED,
     )  # fmt: skip
+    values = Value + batch * value_b + head * value_h
+    seconds = None
     largest = largest_of_rows(
         values, upper, upper_live, lower, lower_live, value_n, value_width, E1, E2, WARPS
     )
     worst = largest
     if Second is not None:
+        seconds = Second + batch * second_b + head * second_h
         largest_second = largest_of_rows(
             seconds, upper, upper_live, lower, lower_live, second_n, value_width, E1, E2, WARPS
         )
@@ -186,13 +185,14 @@ def inverse_kernel(
             index = half * H + row
             rows, live, _ = live_rows(Mask, Blocks, batch, block, blocks, length, index, R, PACKED)
             k1, k2 = load_keys(keys, rows, key_n, live, width, D1, D2)
-            k1, k2 = inspect_rows(
+            finite = inspect_rows(
                 values, seconds, k1, k2, rows, live, block * R + index, blocks * R, slot,
                 Largest, LargestSecond, Bad, value_n, second_n, value_width, D2, E1, E2, False,
             )  # fmt: skip
+            # Only what is not finite is overwritten: other rows keep every bit.
             store_keys(
-                k1, k2, live, Reference, Kh, Wt, Live, start + index, reference, width, c2, eps,
-                D1, D2, CENTRED,
+                tl.zeros_like(k1), tl.zeros_like(k2), live, finite == 0,
+                Reference, Kh, Wt, Live, start + index, reference, width, c2, eps, D1, D2, CENTRED,
             )  # fmt: skip
     tl.debug_barrier()
     strength = 1.0

@@ -49,7 +49,7 @@ def inspect_rows(
     value_n, second_n, value_width,
     D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """The rows' part of the sequence's range; returns the keys, 0 where a row is not finite.
+    """The rows' part of the sequence's range; returns which of them are finite.
 
     Args:
         place: the rows' places in the workspace, of ``chain_slots`` in the chain.
@@ -69,8 +69,7 @@ def inspect_rows(
     finite = tl.minimum(finite, key_finite)
     bad = tl.max(tl.where(live & (finite == 0), chain_slots - place, 0), axis=0)
     tl.atomic_max(Bad + slot, bad, mask=bad > 0, sem="relaxed")
-    finite = (finite > 0)[:, None]
-    return tl.where(finite, k1, 0.0), tl.where(finite, k2, 0.0)
+    return finite > 0
 
 
 @triton.jit
@@ -127,12 +126,13 @@ def live_rows(Mask, Blocks, batch, block, blocks, length, index, R: tl.constexpr
 
 @triton.jit
 def store_keys(
-    k1, k2, live, Reference, Kh, Wt, Live, place, reference, width, c2, eps,
+    k1, k2, live, written, Reference, Kh, Wt, Live, place, reference, width, c2, eps,
     D1: tl.constexpr, D2: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Keys normalised (and centred); returns the sums of their squares, without eps.
 
     Args:
+        written: the rows to store.
         place: their rows in the workspace. reference: the sequence's row in ``Reference``.
     """
     square = tl.sum(k1 * k1, axis=1)
@@ -154,11 +154,13 @@ def store_keys(
             weight += tl.sum(k2 * r2[None, :], axis=1)
             k2 = tl.where(live[:, None], k2 - r2[None, :], 0.0)
         # At a row without a token the centred key is 0 and so is its weight: P is finite there.
-        tl.store(Wt + place, tl.where(live, c2 * (weight - width), 0.0))
+        tl.store(Wt + place, tl.where(live, c2 * (weight - width), 0.0), mask=written)
     row_pointers = Kh + place[:, None] * (D1 + D2)
-    tl.store(row_pointers + tl.arange(0, D1)[None, :], k1.to(Kh.dtype.element_ty))
+    written = written[:, None]
+    tl.store(row_pointers + tl.arange(0, D1)[None, :], k1.to(Kh.dtype.element_ty), mask=written)
     if D2 > 0:
-        tl.store(row_pointers + (D1 + tl.arange(0, D2))[None, :], k2.to(Kh.dtype.element_ty))
+        pointers = row_pointers + (D1 + tl.arange(0, D2))[None, :]
+        tl.store(pointers, k2.to(Kh.dtype.element_ty), mask=written)
     return square
 
 
@@ -185,12 +187,15 @@ def prepare_kernel(
     k1, k2 = load_keys(keys, rows, key_n, live, width, D1, D2)
     values = Value + batch * value_b + head * value_h
     place = block * R + index
-    k1, k2 = inspect_rows(
+    finite = inspect_rows(
         values, None, k1, k2, rows, live, place, blocks * R, chain * blocks + first,
         Largest, Largest, Bad, value_n, value_n, value_width, D2, E1, E2, True,
     )  # fmt: skip
+    k1 = tl.where(finite[:, None], k1, 0.0)
+    k2 = tl.where(finite[:, None], k2, 0.0)
     place += chain.to(tl.int64) * blocks * R
     reference = chain.to(tl.int64) * reference_c + first
     store_keys(
-        k1, k2, live, Reference, Kh, Wt, Live, place, reference, width, c2, eps, D1, D2, CENTRED
+        k1, k2, live, index >= 0, Reference, Kh, Wt, Live, place, reference, width, c2, eps,
+        D1, D2, CENTRED,
     )  # fmt: skip
