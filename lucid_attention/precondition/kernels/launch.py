@@ -23,7 +23,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    """Masks and strengths are read by index: an expanded or sliced one is copied."""
+    """Masks, strengths and offsets are read by index: an expanded or sliced one is copied."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -71,7 +71,7 @@ def _solve(
         return out
     with _on(key):
         key, value = _rows(key), _rows(value)
-        strength, key_mask = _dense(strength), _dense(key_mask)
+        strength, key_mask, offsets = _dense(strength), _dense(key_mask), _dense(offsets)
         call = call_for(
             key, value, kernel_scale, (strength, key_mask), offsets, longest, keep=past is None
         )
@@ -127,7 +127,7 @@ def _adjoint(
     grads_past: tuple[Tensor | None, Tensor | None] = (None, None)
     with _on(key):
         grad, key, solution = _rows(grad), _rows(key), _rows(solution)
-        strength, key_mask = _dense(strength), _dense(key_mask)
+        strength, key_mask, offsets = _dense(strength), _dense(key_mask), _dense(offsets)
         call = call_for(
             key, solution, kernel_scale, (grad, strength, key_mask), offsets, longest,
             keep=past is None,

@@ -394,6 +394,7 @@ def call_for(
             pointers |= x.data_ptr()
     if offsets is not None:
         signature += (offsets.shape[0], longest)
+        pointers |= offsets.data_ptr()
     keep = keep and pointers % 16 == 0
     known = tuple(signature)
     call = _calls.get(known) if keep else None

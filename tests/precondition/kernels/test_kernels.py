@@ -351,6 +351,19 @@ def test_masks_and_strengths_of_any_strides(device: str) -> None:
         assert relative_error(g, e) < 3e-6
 
 
+def test_offsets_of_any_strides(device: str) -> None:
+    """Also after a call with plain ones: what is kept of it must not meet these."""
+    offsets = pack((5, 0, 129, 1, 65)).to(device)
+    leaves = operands("cos0.5", 1, 2, 200, 20, value_width=12, dtype=HALF, device=device)
+    leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+    expected = run(leaves, "triton", offsets=offsets)
+    moved = torch.cat([offsets.new_tensor([9]), offsets])[1:]  # no multiple of 16 bytes
+    strided = torch.stack([offsets, 0 * offsets + 7], dim=1)[:, 0]
+    for other in (moved, strided, offsets):
+        for g, e in zip(run(leaves, "triton", offsets=other), expected, strict=True):
+            assert torch.equal(g, e)
+
+
 def test_empty(device: str) -> None:
     for shape in ((0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8)):
         key = torch.randn(shape, device=device, requires_grad=True)

@@ -69,6 +69,8 @@ def test_packed_calls_are_known_by_their_sizes() -> None:
     assert call([0, 10, 100]) is call([0, 30, 100])
     assert call([0, 10, 100]) is not call([0, 30, 60, 100])
     assert call([0, 10, 100]) is not call([0, 10, 100], 95)
+    moved = torch.tensor([9, 0, 10, 100], dtype=torch.int32)[1:]  # no multiple of 16 bytes
+    assert call_for(key, key, 0.1, (), moved, 90) is not call([0, 10, 100])
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
