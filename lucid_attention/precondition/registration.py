@@ -97,6 +97,7 @@ def _is_plain(inputs: tuple[Any, ...]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and _PLAIN.issuperset(map(type, inputs))

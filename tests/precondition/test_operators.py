@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lucid_attention import (
@@ -203,7 +204,6 @@ def test_repeats_bit_for_bit() -> None:
 
 def test_neither_pass_holds_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that either pass makes is linear in N (measured by a dispatch mode)."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         elements = 0
@@ -253,6 +253,18 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Heard(TorchFunctionMode):
+    """Notes the functions that PyTorch's users call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class Wrapped(Tensor):
     """A subclass of a tensor, with nothing of its own but the name."""
 
@@ -268,6 +280,9 @@ def test_whoever_listens_hears_of_the_operator() -> None:
         got = [y, *torch.autograd.grad(y, (key, value), grad)]
     for name in ("precondition", "precondition_backward"):
         assert f"lucid_attention.{name}.default" in seen.names
+    with Heard() as heard:
+        precondition(key, value)
+    assert "lucid_attention.precondition.default" in heard.names
     through = operators.precondition.overload(
         key, value, None, None, None, None, 4**-0.5, "reference"
     )
