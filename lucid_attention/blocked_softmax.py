@@ -103,7 +103,7 @@ def blocked_softmax_backward(
             grads.query.view(query.shape).to(query.dtype),
             grads.key.view(key.shape).to(key.dtype),
             grads.value.view(value.shape).to(value.dtype),
-            grads.query.new_empty(0) if sinks is None else grads.sinks.to(sinks.dtype),
+            query.new_empty(0) if sinks is None else grads.sinks.to(sinks.dtype),
         )
 
 
@@ -138,8 +138,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = blocked_softmax_backward(grad, *ctx.saved_tensors, *ctx.options)
-    sinks = None if ctx.saved_tensors[-1] is None else grads[3]
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing makes them for one use
+    grads = blocked_softmax_backward(grad, *saved, *ctx.options)
+    sinks = None if saved[-1] is None else grads[3]
     return (*grads[:3], None, None, None, sinks, None, None, None)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lucid_attention import lucid_attention, lucid_attention_varlen
 from lucid_attention.attention import softmax_attention, softmax_attention_varlen
@@ -363,6 +364,25 @@ def test_forward_mode_is_refused_where_it_would_be_zero() -> None:
 
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(softcapped, (value,), (value,))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_activation_checkpointing(packed: bool, reentrant: bool) -> None:
+    """The softmax half by tiles, as softcaps and packed batches on a CPU take it."""
+    leaves = [torch.randn(1, 2, 40, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if packed:
+            parts = (x[0].transpose(0, 1) for x in (query, key, value))
+            return lucid_attention_varlen(*parts, pack((30, 10)))
+        return softmax_attention(query, key, value, softcap=3.0)
+
+    expected = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+    output = checkpoint(run, *leaves, use_reentrant=reentrant)
+    output.square().sum().backward()
+    for leaf, e in zip(leaves, expected, strict=True):
+        assert leaf.grad is not None and relative_error(leaf.grad, e) < EXACT
 
 
 @pytest.mark.parametrize("value_width", [16, 8])

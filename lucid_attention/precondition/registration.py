@@ -100,6 +100,9 @@ def _is_plain(inputs: tuple[Any, ...]) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()  # which should name the operator
         and _PLAIN.issuperset(map(type, inputs))
         and not inputs[0].is_meta
+        # Gradients of many at once, the first of the backward operators' arguments, look like any tensor.
+        and not torch._C._functorch.is_legacy_batchedtensor(inputs[0])
     )

@@ -300,6 +300,37 @@ def test_whoever_listens_hears_of_the_operator() -> None:
         assert torch.equal(precondition(key, value), expected[0])
 
 
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_gradients_of_many_at_once(impl: str) -> None:
+    """PyTorch's batched gradients: a batch looks like any tensor and has no memory of its own."""
+    pytest.importorskip("triton")
+    if impl == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU")
+    key, value = (x.requires_grad_() for x in torch.randn(2, 1, 1, 9, 4).unbind(0))
+    y = precondition(key, value, impl=impl)
+    grads = torch.randn(3, *y.shape)
+    many = torch.autograd.grad(y, (key, value), grads, is_grads_batched=True, retain_graph=True)
+    for index, grad in enumerate(grads):
+        one = torch.autograd.grad(y, (key, value), grad, retain_graph=True)
+        for g, e in zip(many, one, strict=True):
+            assert relative_error(g[index], e) < 1e-5
+
+
+def test_a_negated_view_keeps_its_sign() -> None:
+    pytest.importorskip("triton")
+    key, value = torch.randn(2, 1, 1, 9, 4).unbind(0)
+    impl = "blocked" if torch.cuda.is_available() else "triton"
+    negated = torch._neg_view(value)
+    assert torch.equal(precondition(key, negated, impl=impl), precondition(key, -value, impl=impl))
+
+
+def test_profilers_name_the_operator() -> None:
+    key = torch.randn(1, 1, 9, 4)
+    with torch.profiler.profile() as profile:
+        precondition(key, key)
+    assert "lucid_attention::precondition" in {event.name for event in profile.events()}
+
+
 def test_second_derivatives_are_refused() -> None:
     key = torch.randn(1, 1, 9, 4, requires_grad=True)
     (first,) = torch.autograd.grad(precondition(key, key).sum(), key, create_graph=True)

@@ -19,12 +19,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_neg()  # a negated view's memory has the other sign
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
     """Masks, strengths and offsets are read by index: an expanded or sliced one is copied."""
-    return None if tensor is None else tensor.contiguous()
+    return None if tensor is None else tensor.resolve_neg().contiguous()
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -115,6 +115,11 @@ def plan_for(dtype: torch.dtype, width: int, value_width: int) -> Plan:
 Part = tuple[torch.dtype, tuple[int, ...]]
 
 
+def headroom(longest: int) -> int:
+    """``|y| <= 2 sqrt(N) max|v|`` for every entry: that many powers of two are kept free."""
+    return math.ceil(math.log2(2.0 * math.sqrt(max(1, longest))))
+
+
 class Geometry:
     """The chains of a call: dense ``(batch, heads, seq, ..)`` or packed ``(total, heads, ..)``."""
 
@@ -142,8 +147,7 @@ class Geometry:
 
     @property
     def headroom(self) -> int:
-        """``|y| <= 2 sqrt(N) max|v|`` for every entry: that many powers of two are kept free."""
-        return math.ceil(math.log2(2.0 * math.sqrt(max(1, self.longest))))
+        return headroom(self.longest)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -393,7 +397,8 @@ def call_for(
             signature += (x.dtype, x.shape, x.stride())
             pointers |= x.data_ptr()
     if offsets is not None:
-        signature += (offsets.shape[0], longest)
+        # Of the longest sequence no more matters: batches of many lengths share a call.
+        signature += (offsets.shape[0], headroom(min(longest, key.shape[0])))
         pointers |= offsets.data_ptr()
     keep = keep and pointers % 16 == 0
     known = tuple(signature)

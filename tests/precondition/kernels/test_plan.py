@@ -68,7 +68,8 @@ def test_packed_calls_are_known_by_their_sizes() -> None:
 
     assert call([0, 10, 100]) is call([0, 30, 100])
     assert call([0, 10, 100]) is not call([0, 30, 60, 100])
-    assert call([0, 10, 100]) is not call([0, 10, 100], 95)
+    assert call([0, 10, 100]) is call([0, 30, 100], 95)
+    assert call([0, 10, 100]) is not call([0, 60, 100], 60)  # fewer powers of two kept free
     moved = torch.tensor([9, 0, 10, 100], dtype=torch.int32)[1:]  # no multiple of 16 bytes
     assert call_for(key, key, 0.1, (), moved, 90) is not call([0, 10, 100])
 
