@@ -241,28 +241,28 @@ def test_results_are_tensors_of_their_own(dtype: torch.dtype) -> None:
         y.sum().backward()  # Y is what the gradients start from
 
 
-class Seen(TorchDispatchMode):
-    """Notes the operators that reach the dispatcher."""
+class Listener:
+    """Notes the names of what a mode is told of."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def note(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Heard(TorchFunctionMode):
-    """Notes the functions that PyTorch's users call."""
+class Seen(Listener, TorchDispatchMode):
+    """Hears of operators that reach the dispatcher."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    __torch_dispatch__ = Listener.note
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Heard(Listener, TorchFunctionMode):
+    """Hears of functions that PyTorch's users call."""
+
+    __torch_function__ = Listener.note
 
 
 class Wrapped(Tensor):

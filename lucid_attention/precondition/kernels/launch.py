@@ -199,16 +199,8 @@ def _past_gradients(
         causal=False, add=False, finish=True,
     )  # fmt: skip
     grad_past = stages.answer(
-        run,
-        before.geometry,
-        before.at,
-        at,
-        geometry.blocks,
-        at.gh,
-        geometry.headroom,
-        None,
-        strength,
-    )
+        run, before.geometry, before.at, at, geometry.blocks, at.gh, geometry.headroom, None, strength
+    )  # fmt: skip
     return grad_past_key, grad_past.to(before.value.dtype)
 
 

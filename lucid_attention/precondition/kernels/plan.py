@@ -44,6 +44,7 @@ Fewer, and a chain's blocks wait for each other; more, and what the chains at wo
 second-level cache.
 """
 MOST_CHAINS = 64
+"""At work at a time in the first round."""
 MOST_TILES = 256
 """Descriptors that a layout remembers, by address."""
 ALIGNMENT = 256

@@ -33,8 +33,9 @@ from .table import table_kernel
 from .toward import toward_kernel
 
 PREPARED_ROWS = 32
-INVERSE_SHAPE = {64: (4, 128), 128: (4, 128)}
-"""By head size, warps and registers to a thread: while one program waits for memory, others multiply."""
+INVERSE_WARPS = 4
+INVERSE_REGISTERS = {64: 128, 128: 128}
+"""By head size, at most so many to a thread: while one program waits for memory, others multiply."""
 INT, FLOAT = torch.int32, torch.float32
 
 
@@ -172,7 +173,6 @@ def prepare(
             lambda: {**shared(), "ROWS": PREPARED_ROWS, "num_warps": 4},
         )  # fmt: skip
         return
-    warps, registers = INVERSE_SHAPE.get(call.key_width, (4, None))
     run.launch(
         inverse_kernel, geometry.slots,
         (
@@ -185,7 +185,8 @@ def prepare(
         ),
         lambda: {
             **shared(), **call.exact, "OPERAND": fused,
-            "WARPS": warps, "num_warps": warps, "maxnreg": registers,
+            "WARPS": INVERSE_WARPS, "num_warps": INVERSE_WARPS,
+            "maxnreg": INVERSE_REGISTERS.get(call.key_width),
         },
     )  # fmt: skip
 
