@@ -11,6 +11,7 @@ What it does with a cache (hugging-face.md calls this the deferred commit):
 | no cache | all | |
 | LUCID cache layer, empty | all | committed |
 | LUCID cache layer, some past | the new ones, against `(K, Y)` | committed |
+| the same, few tokens on a GPU | in one pass with the attention, `lucid_attention.decode` | |
 | stock cache layer | all of them, again at every step | warned about once |
 """
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,9 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lucid_attention import precondition, precondition_varlen
+from lucid_attention import lucid_attention_with_kvcache, precondition, precondition_varlen
 from lucid_attention.attention import softmax_attention, softmax_attention_varlen
+from lucid_attention.decode.launch import why_not_fused
 
 from .cache import LucidLayer
 from .masks import Packing, convert_4d_mask, pack
@@ -46,7 +47,8 @@ class ForwardContext:
     `cache`: the cache in use. `documents`: document numbers `(batch, seq)` of a packed batch.
     `packing`, `masks`, `local_masks`: worked out by the first layer that needs them, then shared;
     masks by the id of the tensor they were made from, which is kept alive beside them.
-    `padding_checked`: whether a layer has compared the mask with what its cache remembers.
+    `padding_checked`: whether a layer has compared the mask with what its cache remembers. `starts`: numbers of
+    cached tokens, on the device.
     """
 
     cache: Cache | None = None
@@ -57,6 +59,7 @@ class ForwardContext:
     masks: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
     local_masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     padding_checked: bool = False
+    starts: dict[int, Tensor] = field(default_factory=dict)
 
 
 def lucid_attention_forward(
@@ -222,35 +225,92 @@ def _cached(
     pending = layer.pending
     assert pending is not None
     length = query.shape[2]
-    keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
-    past = pending.past
     graph = torch.compiler.is_compiling() or (
         query.is_cuda and torch.cuda.is_current_stream_capturing()
     )
     if not context.padding_checked and not graph:
         layer.check_padding(real)
         context.padding_checked = True
+    if _is_one_pass(layer, lucid, query, softmax):
+        return _one_pass(context, layer, lucid, query, real, softmax)
+    keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
     if pending.position is None:
         new_real = None if real is None else real[:, -length:]
         past_keys = keys[:, :, : keys.shape[2] - length]
     else:
         new_real = None if real is None else real.index_select(1, pending.position)
         past_keys = keys  # the rows of Y that are still zero change nothing
-    if layer.float32:
-        # Y comes back in value's dtype: ask for float32, so the cache is not rounded through bf16.
-        past_keys, key, value = past_keys.float(), key.float(), value.float()
-    with torch.autocast(query.device.type, enabled=False) if layer.float32 else nullcontext():
-        new = precondition(
-            key,
-            value,
-            strength=strength_of(lucid, value),
-            key_mask=new_real,
-            past=(past_keys, past) if past.shape[2] > 0 else None,
-            impl=lucid.impl,
-        )
+    narrow = value.dtype.itemsize < 4 and pending.past.dtype != value.dtype
+    new = precondition(
+        key,
+        value,
+        strength=strength_of(lucid, value),
+        key_mask=new_real,
+        past=(past_keys, layer.in_full(pending.past)) if pending.past.shape[2] > 0 else None,
+        out_dtype=torch.float32 if narrow else None,
+        impl=lucid.impl,
+    )
     values = layer.commit(new)
     keys, values, real, start = _aligned(layer, length, keys, values, real)
+    # All new: as they were solved, not as they were stored.
+    values = new if values.shape[2] == length else layer.in_full(values)
     return softmax(query, keys, values, real, start)
+
+
+def _is_one_pass(layer: LucidLayer, lucid: Any, query: Tensor, softmax: _Softmax) -> bool:
+    """Whether the decode kernel serves this call: few tokens after a past, on a GPU, without gradients."""
+    pending = layer.pending
+    assert pending is not None
+    key, value = pending.key, pending.value
+    if pending.room is None or not layer.scaled or softmax.dropout or pending.past.shape[2] == 0:
+        return False
+    if lucid.impl not in ("auto", "triton") or not query.is_cuda:
+        return False
+    # Under autocast, or in models that compute keys in float32, dtypes may differ.
+    if len({query.dtype, key.dtype, value.dtype, pending.room[0].dtype}) > 1:
+        return False
+    if torch.is_grad_enabled() and (
+        any(x.requires_grad for x in (query, key, value, *lucid.parameters()))
+    ):
+        return False
+    return why_not_fused(query, key, value, pending.room[1]) is None
+
+
+def _one_pass(
+    context: ForwardContext,
+    layer: LucidLayer,
+    lucid: Any,
+    query: Tensor,
+    real: Tensor | None,
+    softmax: _Softmax,
+) -> Tensor:
+    """One kernel reads the cache once, for the new rows of `Y` and the output, and appends the rows."""
+    pending = layer.pending
+    assert pending is not None and pending.room is not None
+    if pending.position is not None:
+        start = pending.position[:1]
+    else:
+        length = pending.past.shape[2]
+        if length not in context.starts:
+            context.starts[length] = torch.full((1,), length, dtype=torch.int32, device=query.device)
+        start = context.starts[length]
+    output = lucid_attention_with_kvcache(
+        query,
+        pending.key,
+        pending.value,
+        *pending.room,
+        start,
+        y_scale=layer.y_scale,
+        key_mask=real,
+        scale=softmax.scale,
+        strength=strength_of(lucid, pending.value),
+        softcap=softmax.softcap,
+        sinks=softmax.sinks,
+        workspace=layer.counters(pending.key),
+        impl=lucid.impl,
+    )
+    layer.commit(None)
+    return output
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

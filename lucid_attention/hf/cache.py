@@ -4,6 +4,9 @@ A cache's `update` never sees the padding mask, so it cannot precondition. Hence
 commit*: `update` stores the new keys and keeps the raw new values pending; the attention function,
 which has the mask, solves for the new rows of `Y` and commits them with `commit`.
 
+In half precision `Y` is kept in float16, with a power-of-two scale for each row and head: new rows are solved
+from it, and in bfloat16 they would be less accurate than one full solve (docs/numerics.md).
+
 What keeps a cache from silently meaning something else: only a decoder that `enable` has prepared
 arms a LUCID layer, and `update` refuses to run unarmed, so no softmax layer ever reads `Y` as `V`.
 """
@@ -20,6 +23,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
+from lucid_attention import decode_workspace
+
 # transformers >= 5.18 has a common base of all its quantised layers.
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
@@ -33,7 +38,8 @@ class Pending:
     `key`, `value`: the new rows, `(B, Hkv, Q, D)` and `(B, Hkv, Q, Dv)`. `all_keys`, `past`: the
     layer's keys with the new ones, and its `Y` so far, as they were on the compute device: an
     offloaded cache moves the layer's own tensors away before attention runs. `position`: rows of
-    the static buffers that the new tokens take, None for a growing layer.
+    the static buffers that the new tokens take, None for a growing layer. `room`: the buffers of keys and `Y`
+    with rows for the new tokens, None where there are none.
     """
 
     key: Tensor
@@ -41,6 +47,7 @@ class Pending:
     all_keys: Tensor
     past: Tensor
     position: Tensor | None = None
+    room: tuple[Tensor, Tensor] | None = None
 
 
 class LucidLayer:
@@ -48,12 +55,18 @@ class LucidLayer:
 
     `known`, `real`: how many of the first cached positions were committed with a mask that is known
     here, and that mask, bool `(batch, known)`; None where all of them are real. Compiled steps do
-    not extend it, and only the first LUCID layer of a model keeps it.
+    not extend it, and only the first LUCID layer of a model keeps it. `y_dtype`: as asked for.
+    `y_scale`: float32 `(B, Hkv)`, `Y = values * y_scale`, None for 1; `scaled`: whether the first rows have set it.
+    `workspace`: of the decode operator.
     """
 
     armed = False
     pending: Pending | None = None
-    float32 = False
+    y_dtype: torch.dtype | None = None
+    y_scale: Tensor | None = None
+    scaled = False
+    workspace: Tensor | None = None
+    workspace_for: tuple[int, int] | None = None
     known = 0
     real: Tensor | None = None
     keys: Any
@@ -83,9 +96,52 @@ class LucidLayer:
                 )
         self.armed = False
 
+    def stored_dtype(self, value: Tensor) -> torch.dtype:
+        """The dtype that `Y` is kept in."""
+        if self.y_dtype is not None:
+            return self.y_dtype
+        return torch.float16 if value.dtype == torch.bfloat16 else value.dtype
+
+    def initialize_scale(self, key: Tensor, value: Tensor) -> None:
+        if self.stored_dtype(value) == torch.float16:
+            self.y_scale = torch.ones(key.shape[:2], dtype=torch.float32, device=key.device)
+        self.scaled = self.y_scale is None
+
+    def in_units(self, preconditioned: Tensor) -> Tensor:
+        """Rows of `Y` as they are stored. The first ones set the scale: their largest entry becomes 2^-6 to 2^-5,
+        so that later ones may be 2^21 times as large, and 2^-8 times as small before they lose bits.
+        """
+        if self.y_scale is None:
+            return preconditioned
+        if not self.scaled:
+            size = torch.where(preconditioned.isfinite(), preconditioned.abs(), 0.0)
+            largest = size.flatten(2).amax(-1) if size.shape[2] else size.new_zeros(size.shape[:2])
+            exponent = torch.frexp(largest.float()).exponent.clamp(-100, 100) + 5
+            scale = torch.where(largest > 0, torch.exp2(exponent.float()), 1.0)
+            self.y_scale.copy_(scale)
+            self.scaled = True
+        return preconditioned / self.y_scale[:, :, None, None]
+
+    def in_full(self, values: Tensor) -> Tensor:
+        """What `in_units` gave, float32 where there is a scale."""
+        if self.y_scale is None:
+            return values
+        return values * self.y_scale[:, :, None, None]
+
+    def counters(self, key: Tensor) -> Tensor:
+        """The decode operator's workspace; it may be used under a CUDA graph once it is there."""
+        workspace, (batch, heads) = self.workspace, key.shape[:2]
+        if workspace is None or workspace.device != key.device or self.workspace_for != (batch, heads):
+            workspace = decode_workspace(batch, heads, key.device)
+            self.workspace, self.workspace_for = workspace, (batch, heads)
+        return workspace
+
     @abstractmethod
-    def commit(self, preconditioned: Tensor) -> Tensor:
-        """Stores the new rows of `Y`; returns all of `Y`, on the compute device."""
+    def commit(self, preconditioned: Tensor | None) -> Tensor:
+        """Stores the new rows of `Y`; returns all of `Y` as it is stored, on the compute device.
+
+        None: the rows were written into `pending.room` already.
+        """
 
     def check_padding(self, real: Tensor | None) -> None:
         """Checks that positions whose `Y` is cached are padding now if and only if they were then,
@@ -130,6 +186,7 @@ class LucidLayer:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.known, self.real = 0, None
+        self.scaled = self.y_scale is None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -137,19 +194,32 @@ class LucidLayer:
 
     def _select(self, rows: Tensor) -> None:
         self.real = None if self.real is None else self.real[rows.to(self.real.device)]
+        if self.y_scale is not None:
+            self.y_scale = self.y_scale[rows.to(self.y_scale.device)]
 
 
 class LucidDynamicLayer(LucidLayer, DynamicLayer):
-    """A growing layer of `(K, Y)`; cropping, reordering, repeating are the base class's."""
+    """A growing layer of `(K, Y)`; cropping, reordering, repeating are the base class's.
 
-    def __init__(self, float32: bool = False, **kwargs: Any) -> None:
+    Where no gradient is wanted its tensors are the first rows of larger buffers, so that a decoding step writes
+    its rows in place; stock layers copy the whole cache at every step. A tensor that was taken from the cache is
+    never changed: after anything but appending, the next rows go to new buffers.
+    """
+
+    buffers: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, y_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.float32 = float32
+        self.y_dtype = y_dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the buffers behind."""
+        return {**self.__dict__, "buffers": None}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        dtype = torch.float32 if self.float32 else value_states.dtype
-        self.values = torch.tensor([], dtype=dtype, device=self.device)
+        self.values = torch.tensor([], dtype=self.stored_dtype(value_states), device=self.device)
+        self.initialize_scale(key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -158,25 +228,69 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         self.begin(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys = torch.cat([self.keys, key_states], dim=-2)
         past = self.values
         if past.numel() == 0:
             past = past.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
+        room = None
+        if not torch.compiler.is_compiling() and not (
+            torch.is_grad_enabled()
+            and any(x.requires_grad for x in (self.keys, past, key_states, value_states))
+        ):
+            length, new = past.shape[2], key_states.shape[2]
+            room = self._room(key_states, past, length, new)
+            room[0][:, :, length : length + new] = key_states
+            keys = room[0][:, :, : length + new]
+        else:
+            keys = torch.cat([self.keys, key_states], dim=-2)
+        self.buffers = room
         self.keys = keys
-        self.pending = Pending(key_states, value_states, keys, past)
+        self.pending = Pending(key_states, value_states, keys, past, None, room)
         return keys, value_states
 
-    def commit(self, preconditioned: Tensor) -> Tensor:
-        assert self.pending is not None
-        values = torch.cat([self.pending.past, preconditioned.to(self.pending.past.dtype)], dim=-2)
+    def _room(self, key: Tensor, past: Tensor, length: int, new: int) -> tuple[Tensor, Tensor]:
+        """The present buffers if what is cached is their beginning and the new rows fit, or new ones."""
+        if self.buffers is not None and length + new <= self.buffers[0].shape[2]:
+            usable = torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
+            present = zip((self.keys, past), self.buffers, strict=True)
+            if usable and all(
+                x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype
+                for x, y in present
+            ):
+                return self.buffers
+        # A prompt's cache may never grow; one that does grows by an eighth.
+        rows = length + new + (max(64, length // 8) if length else 0)
+        keys = key.new_empty((*key.shape[:2], rows, key.shape[-1]), dtype=self.keys.dtype)
+        values = past.new_empty((*past.shape[:2], rows, past.shape[-1]))
+        if length:
+            keys[:, :, :length] = self.keys
+            values[:, :, :length] = past
+        return keys, values
+
+    def commit(self, preconditioned: Tensor | None) -> Tensor:
+        pending = self.pending
+        assert pending is not None
+        if pending.room is not None:
+            start = pending.past.shape[2]
+            end = start + pending.key.shape[2]
+            if preconditioned is not None:
+                pending.room[1][:, :, start:end] = self.in_units(preconditioned)
+            values = pending.room[1][:, :, :end]
+        else:
+            assert preconditioned is not None
+            rows = self.in_units(preconditioned).to(pending.past.dtype)
+            with torch.autocast(rows.device.type, enabled=False):  # it knows one half precision only
+                values = torch.cat([pending.past, rows], dim=-2)
         # An offloading cache has moved the keys to the host since `update`; the values follow. The
         # copy blocks: the next prefetch reads the host copy from another stream.
         self.values = values.to(self.keys.device)
+        if self.values is not values:
+            self.buffers = None
         self.pending = None
         return values
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        self.buffers = None
         self.known = min(self.known, self.keys.shape[-2]) if self.is_initialized else 0
         self.real = None if self.real is None else self.real[:, : self.known]
 
@@ -187,6 +301,8 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.real = None if self.real is None else self.real.repeat_interleave(repeats, dim=0)
+        if self.y_scale is not None:
+            self.y_scale = self.y_scale.repeat_interleave(repeats, dim=0)
 
 
 class LucidStaticLayer(LucidLayer, StaticLayer):
@@ -195,17 +311,20 @@ class LucidStaticLayer(LucidLayer, StaticLayer):
     The rows of `Y` that are not written yet are zero, and a zero row changes no solve.
     """
 
-    def __init__(self, max_cache_len: int, float32: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, max_cache_len: int, y_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(max_cache_len=max_cache_len, **kwargs)
-        self.float32 = float32
+        self.y_dtype = y_dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        dtype = torch.float32 if self.float32 else value_states.dtype
         super().lazy_initialization(key_states, value_states)
-        if self.values.dtype != dtype:
-            self.values = self.values.to(dtype)
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.values)
+        dtype = self.stored_dtype(value_states)
+        self.values = self.values.to(dtype)
+        self.initialize_scale(key_states, value_states)
+        for tensor in (self.values, self.y_scale, self.counters(key_states)):
+            if tensor is not None and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(tensor)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -218,17 +337,20 @@ class LucidStaticLayer(LucidLayer, StaticLayer):
         position = torch.arange(length, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(length)
         self.keys.index_copy_(2, position, key_states)
-        self.pending = Pending(key_states, value_states, self.keys, self.values, position)
+        room = (self.keys, self.values)
+        self.pending = Pending(key_states, value_states, self.keys, self.values, position, room)
         return self.keys, value_states
 
-    def commit(self, preconditioned: Tensor) -> Tensor:
+    def commit(self, preconditioned: Tensor | None) -> Tensor:
         assert self.pending is not None and self.pending.position is not None
-        rows = preconditioned.to(self.pending.past.dtype)
         values, position = self.pending.past, self.pending.position
-        values.index_copy_(2, position, rows)
+        if preconditioned is not None:
+            rows = self.in_units(preconditioned).to(values.dtype)
+            values.index_copy_(2, position, rows)
         if self.values is not values:
             # The layer was offloaded after `update`: its buffer is a copy made on the host, which
             # the commit above did not reach.
+            rows = values.index_select(2, position)
             self.values.index_copy_(2, position.to(self.values.device), rows.to(self.values.device))
         self.pending = None
         return values
@@ -239,17 +361,18 @@ class LucidCache(DynamicCache):
 
     It has a stock cache's size and methods (crop, reorder, repeat, select, deepcopy, pickle).
     `generate()` and a forward pass with `use_cache=True` make their own; build one yourself to
-    choose `float32`, or to continue a conversation.
+    choose `y_dtype`, or to continue a conversation.
 
     Args:
         config: the config of an enabled model (`model.config`); None lets the model fill in the
             layers on its first use.
-        float32: keep `Y` in float32 whatever the values' dtype. New rows solved from a bf16 past
-            are 1.6 to 3 times less accurate than one full solve on correlated keys.
+        y_dtype: what `Y` is kept in. None: float16 for values in half precision, the values' dtype otherwise.
+            float16 is scaled by a power of two for each row and head. torch.bfloat16 is less accurate on
+            correlated keys, torch.float32 takes twice the memory.
         **kwargs: as for `transformers.DynamicCache` (`offloading`, ...).
 
     Raises:
-        TypeError: `config` is not a transformers config.
+        TypeError: `config` is not a transformers config, `y_dtype` not a floating dtype.
         ValueError: `config` is not that of a LUCID model.
 
     Example:
@@ -268,7 +391,7 @@ class LucidCache(DynamicCache):
         self,
         config: PreTrainedConfig | None = None,
         *,
-        float32: bool = False,
+        y_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -281,8 +404,13 @@ class LucidCache(DynamicCache):
                 "config: expected the config of a LUCID model, got one without LUCID layers "
                 f"({type(config).__name__}); call lucid_attention.hf.enable(model) first"
             )
+        if y_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(
+                "y_dtype: expected None, torch.float16, torch.bfloat16, torch.float32 or torch.float64, got "
+                f"{y_dtype!r}"
+            )
         super().__init__(config=config, **kwargs)
-        self.float32 = float32
+        self.y_dtype = y_dtype
         if isinstance(lucid, dict):
             upgrade(self, lucid["layers"], len(self.layers))
 
@@ -296,15 +424,15 @@ def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) ->
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) < number_of_layers:
             cache.layers.append(DynamicLayer())
-    float32 = getattr(cache, "float32", False)
+    y_dtype = getattr(cache, "y_dtype", None)
     for index in lucid_layers:
         if index >= len(cache.layers):
             continue
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = LucidDynamicLayer(float32)
+            cache.layers[index] = LucidDynamicLayer(y_dtype)
         elif type(layer) is StaticLayer and not layer.is_initialized:
-            cache.layers[index] = LucidStaticLayer(layer.max_cache_len, float32)
+            cache.layers[index] = LucidStaticLayer(layer.max_cache_len, y_dtype)
 
 
 def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import operators, reference
@@ -15,6 +16,7 @@ from .validation import (
     check_past,
     check_strength_contents,
     resolve_impl,
+    resolve_out_dtype,
     resolve_scale,
     resolve_strength,
 )
@@ -28,6 +30,7 @@ def precondition(
     strength: float | Tensor | None = None,
     key_mask: Tensor | None = None,
     past: tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Precondition values by their keys' correlations: ``Y = L^-1 V``.
@@ -56,6 +59,8 @@ def precondition(
             of a sequence into chunks gives the same ``Y``, to rounding. ``past_preconditioned`` may
             be wider than value's dtype (keep it in float32 where that matters); its rows that are
             all 0 count as padding, whatever their keys hold.
+        out_dtype: of the result; None is value's. float32 keeps what rounding to a narrower value's
+            dtype drops: for a cache that later tokens are solved from. Gradients are value's all the same.
         impl: ``"auto"`` takes the GPU kernels where they run (CUDA, compute capability 8.0, Triton
             3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere, and for
             a chunk of less than 128 tokens after a past.
@@ -63,7 +68,7 @@ def precondition(
             dense definition, quadratic memory. A named choice never falls back.
 
     Returns:
-        ``Y``, value's shape, dtype and device, contiguous. ``"blocked"`` computes float16 and
+        ``Y``, value's shape and device, contiguous, of ``out_dtype``. ``"blocked"`` computes float16 and
         bfloat16 in float32 and rounds once; the kernels multiply in float16 with range scaling and
         accumulate in float32 (docs/numerics.md). Under autocast, inputs are cast as for
         ``F.scaled_dot_product_attention``; ``strength`` and ``past_preconditioned`` are not.
@@ -93,6 +98,7 @@ def precondition(
     if isinstance(past, (tuple, list)) and len(past) == 2:
         past = (autocast(past[0]), past[1])
     past = check_past(past, key, value)
+    out_dtype = resolve_out_dtype(out_dtype, value)
     if impl == "reference":
         check_strength_contents(resolved)
         with no_autocast(key):
@@ -103,11 +109,12 @@ def precondition(
                 strength=resolved,
                 key_mask=key_mask,
                 past=past,
+                out_dtype=out_dtype,
             )
     past_key, past_preconditioned = (None, None) if past is None else past
     refuse_forward_mode(key, value, resolved, past_key, past_preconditioned)
     solved: Tensor = operators.precondition(
-        key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale, impl
+        key, value, resolved, key_mask, past_key, past_preconditioned, kernel_scale, impl, out_dtype
     )
     return solved
 

@@ -23,6 +23,7 @@ def solve_dense(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     dtype = compute_dtype(value)
@@ -36,7 +37,7 @@ def solve_dense(
         rows = Rows(chains.tokens(part), None, None)
         blocked.solve(chains.keys(part), solved[part], chains.strength(part), rows, past)
     chains.spoil_after(solved)
-    return solution.to(value.dtype)
+    return solution.to(value.dtype if out_dtype is None else out_dtype)
 
 
 def adjoint_dense(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .autocast import no_autocast
@@ -30,12 +31,13 @@ def precondition(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
         solved: Tensor = choose(impl, key, value, past_key).solve_dense(
-            key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale
+            key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale, out_dtype
         )
         return solved
 
@@ -50,8 +52,9 @@ def _(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return value.new_empty(value.shape)
+    return value.new_empty(value.shape, dtype=out_dtype)
 
 
 @operator
@@ -171,14 +174,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    key, _, strength, key_mask, past_key, past_preconditioned, *ctx.options = inputs
+    key, value, strength, key_mask, past_key, past_preconditioned, *ctx.options, _ = inputs
+    output = output.to(value.dtype)  # gradients are those of Y in value's dtype
     ctx.save_for_backward(key, output, strength, key_mask, past_key, past_preconditioned)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     _, _, strength, _, past_key, past_preconditioned = saved
-    grads = precondition_backward(grad, *saved, *ctx.options)
+    grads = precondition_backward(grad.to(saved[1].dtype), *saved, *ctx.options)
     return (
         grads[0],
         grads[1],
@@ -186,6 +190,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None if past_key is None else grads[3],
         None if past_preconditioned is None else grads[4],
+        None,
         None,
         None,
     )

@@ -38,10 +38,11 @@ def precondition(
     strength: Tensor | None,
     key_mask: Tensor | None,
     past: tuple[Tensor, Tensor] | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Solve ``L Y = V`` with a dense ``L``; shapes as in `lucid_attention.precondition`."""
     dtype = compute_dtype(value)
-    value_dtype, seq = value.dtype, value.shape[2]
+    out_dtype, seq = out_dtype or value.dtype, value.shape[2]
     value = value.to(dtype)
     if key_mask is not None:
         tokens = key_mask[:, None, :, None]
@@ -68,7 +69,7 @@ def precondition(
     solution = torch.linalg.solve_triangular(
         below + identity, right, upper=False, unitriangular=True
     )
-    return solution.to(value_dtype)
+    return solution.to(out_dtype)
 
 
 def _past_keys(past: tuple[Tensor, Tensor]) -> Tensor:

@@ -20,13 +20,13 @@ _libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})
 class Operator:
     """A function as ``torch.ops.lucid_attention.<its name>``, to be called with positional arguments.
 
-    Its schema comes from the annotations; it changes no argument and returns new tensors. Where nothing but
-    autograd wants to know of a call, the function is called without PyTorch's dispatcher in between.
+    Its schema comes from the annotations; it returns new tensors and changes no argument but those named. Where
+    nothing but autograd wants to know of a call, the function is called without PyTorch's dispatcher in between.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], changes: tuple[str, ...] = ()) -> None:
         self.name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=changes)
         library = _libraries[self.name] = torch.library.Library("lucid_attention", "FRAGMENT")
         library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Where a model is compiled around an eager call, dynamo must not trace what is inside.
@@ -76,6 +76,11 @@ def operator(function: Callable[..., Any]) -> Operator:
     return Operator(function)
 
 
+def operator_changing(*names: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: an operator without gradients that writes into the arguments named."""
+    return lambda function: Operator(function, names)
+
+
 def fake_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: shapes and dtypes of an operator's results, for tracing."""
     return torch.library.register_fake(f"lucid_attention::{name}", lib=_libraries[name])
@@ -89,7 +94,7 @@ def _needs_graph(inputs: tuple[Any, ...]) -> bool:
     return False
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype}
 
 
 def _is_plain(inputs: tuple[Any, ...]) -> bool:

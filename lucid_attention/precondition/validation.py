@@ -25,7 +25,7 @@ _PACKED = "(total, heads, head_dim)"
 def resolve_impl(impl: str) -> str:
     """Return ``impl`` if it names an implementation; `implementation.choose` decides what it means."""
     if not isinstance(impl, str):
-        raise TypeError(f"impl must be a string, one of {IMPLEMENTATIONS}, got {_kind(impl)}.")
+        raise TypeError(f"impl must be a string, one of {IMPLEMENTATIONS}, got {kind(impl)}.")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     return impl
@@ -84,7 +84,7 @@ def resolve_scale(name: str, scale: float | None, head_dim: int, *, positive: bo
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
-            f"{name} must be a Python float or None (1/sqrt(head_dim)), got {_kind(scale)}. "
+            f"{name} must be a Python float or None (1/sqrt(head_dim)), got {kind(scale)}. "
             f"Convert a one-element tensor with float(...)."
         )
     if not math.isfinite(scale):
@@ -95,6 +95,20 @@ def resolve_scale(name: str, scale: float | None, head_dim: int, *, positive: bo
             f"unbounded. Leave it at None for 1/sqrt(head_dim)."
         )
     return float(scale)
+
+
+def resolve_out_dtype(out_dtype: torch.dtype | None, value: Tensor) -> torch.dtype:
+    """Return the result's dtype: value's, or float32 where value is narrower."""
+    if out_dtype is None:
+        return value.dtype
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype or None, got {kind(out_dtype)}.")
+    if out_dtype != value.dtype and (out_dtype != torch.float32 or value.dtype.itemsize > 4):
+        raise ValueError(
+            f"out_dtype must be value's dtype ({value.dtype}) or float32 where that is wider, got {out_dtype}. "
+            f"Use .to({out_dtype}) on the result."
+        )
+    return out_dtype
 
 
 def resolve_strength(strength: float | Tensor | None, key: Tensor, heads: int) -> Tensor | None:
@@ -122,7 +136,7 @@ def resolve_strength(strength: float | Tensor | None, key: Tensor, heads: int) -
     if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
         raise TypeError(
             f"strength must be None, a float in [0, 1] or a tensor of shape (kv_heads,), got "
-            f"{_kind(strength)}."
+            f"{kind(strength)}."
         )
     if not 0.0 <= strength <= 1.0:
         raise ValueError(
@@ -137,7 +151,7 @@ def check_key_mask(key_mask: Tensor | None, batch: int, seq: int, device: torch.
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a bool tensor or None, got {_kind(key_mask)}.")
+        raise TypeError(f"key_mask must be a bool tensor or None, got {kind(key_mask)}.")
     if key_mask.dtype != torch.bool:
         raise TypeError(
             f"key_mask must be bool (True: token, False: padding), got {key_mask.dtype}. "
@@ -162,7 +176,7 @@ def check_past(
     if past is None:
         return None
     if not isinstance(past, (tuple, list)) or len(past) != 2:
-        got = f"{len(past)} items" if isinstance(past, (tuple, list)) else _kind(past)
+        got = f"{len(past)} items" if isinstance(past, (tuple, list)) else kind(past)
         raise TypeError(f"past must be None or a pair (past_key, past_preconditioned), got {got}.")
     past_key, past_preconditioned = past
     pairs = (
@@ -202,7 +216,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, packed: Tensor)
         packed: the packed tokens, ``(total, ..)``.
     """
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be an int32 tensor, got {_kind(cu_seqlens)}.")
+        raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind(cu_seqlens)}.")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(
             f"cu_seqlens must be int32, got {cu_seqlens.dtype}. Use cu_seqlens.to(torch.int32)."
@@ -225,7 +239,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, max_seqlen: int | None, packed: Tensor)
         return
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(
-            f"max_seqlen must be an int or None, got {_kind(max_seqlen)}. Convert a tensor with "
+            f"max_seqlen must be an int or None, got {kind(max_seqlen)}. Convert a tensor with "
             f"int(...)."
         )
     if max_seqlen < 0:
@@ -270,7 +284,7 @@ def check_strength_contents(strength: Tensor | None) -> None:
 
 def _check_float_tensor(name: str, tensor: Tensor, layout: str, dims: int) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {_kind(tensor)}.")
+        raise TypeError(f"{name} must be a tensor {layout}, got {kind(tensor)}.")
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}. "
@@ -299,5 +313,5 @@ def _check_same(name: str, tensor: Tensor, of: str, like: Tensor) -> None:
         )
 
 
-def _kind(thing: object) -> str:
+def kind(thing: object) -> str:
     return f"{type(thing).__name__} ({thing!r:.60})" if thing is not None else "None"

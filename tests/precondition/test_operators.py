@@ -43,9 +43,11 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
     past_y = torch.randn(2, 2, 7, 4, requires_grad=True)  # float32, also for bfloat16 values
     extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
     torch.library.opcheck(
-        operators.precondition.overload, (key, value, *extra, 0.4, "auto"), test_utils=CHECKS
+        operators.precondition.overload,
+        (key, value, *extra, 0.4, "auto", torch.float64 if dtype == torch.float64 else torch.float32),
+        test_utils=CHECKS,
     )
-    y = operators.precondition(key, value, *extra, 0.4, "auto").detach()
+    y = operators.precondition(key, value, *extra, 0.4, "auto", value.dtype).detach()
     backward = (torch.randn_like(y), key.detach(), y)
     detached = tuple(x if x is None else x.detach() for x in extra)
     torch.library.opcheck(
@@ -285,7 +287,7 @@ def test_whoever_listens_hears_of_the_operator() -> None:
         precondition(key, value)
     assert "lucid_attention.precondition.default" in heard.names
     through = operators.precondition.overload(
-        key, value, None, None, None, None, 4**-0.5, "reference"
+        key, value, None, None, None, None, 4**-0.5, "reference", value.dtype
     )
     assert relative_error(through, expected[0]) < 1e-5 and through.requires_grad
     for g, e in zip(got, expected, strict=True):

@@ -66,16 +66,18 @@ def _solve(
     key_mask: Tensor | None,
     past: Pair | None,
     kernel_scale: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    out = value.new_empty(value.shape)
+    out = value.new_empty(value.shape, dtype=out_dtype or value.dtype)
     if out.numel() == 0:
         return out
     with _on(key):
         key, value = _rows(key), _rows(value)
         strength, key_mask, offsets = _dense(strength), _dense(key_mask), _dense(offsets)
         call = call_for(
-            key, value, kernel_scale, (strength, key_mask), offsets, longest, keep=past is None
-        )
+            key, value, kernel_scale, (strength, key_mask), offsets, longest,
+            keep=past is None and out.dtype == value.dtype,
+        )  # fmt: skip
         run = Run(call, partial(stages.solve_parts, call))
         k, v, o, mask, b, seqs = run.operands(key, value, out, key_mask, strength, offsets)
         stages.table(run, seqs)
@@ -218,10 +220,11 @@ def solve_dense(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``Y = L^-1 V`` for ``(batch, heads, seq, ..)``."""
     past = _pair(past_key, past_preconditioned)
-    return _solve(key, value, None, 0, strength, key_mask, past, kernel_scale)
+    return _solve(key, value, None, 0, strength, key_mask, past, kernel_scale, out_dtype)
 
 
 def solve_packed(

@@ -1,0 +1,183 @@
+"""From the decode operator's arguments to its kernel. Nothing here reads the device."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from lucid_attention.precondition.implementation import why_no_kernels
+from lucid_attention.precondition.numerics import KEY_EPS
+
+MOST_TOKENS = 16
+MOST_ROWS = 64
+LARGEST_TILE = 64 * 128
+"""Of sums in float32 that a program keeps in registers: rows times value width."""
+
+
+def why_not_fused(
+    query: Tensor, key: Tensor, value: Tensor, y_cache: Tensor, *, interpreter: bool = False
+) -> str | None:
+    """Why the kernels cannot take these operands, or None."""
+    reason = why_no_kernels(key, value, interpreter=interpreter)
+    if reason is not None:
+        return reason
+    if y_cache.dtype == torch.float64:
+        return "the kernels take no float64 y_cache"
+    tokens = key.shape[2]
+    if tokens > MOST_TOKENS:
+        return f"the kernel takes up to {MOST_TOKENS} new tokens at once, got {tokens}"
+    used = (query.shape[1] // max(key.shape[1], 1) + 1) * tokens
+    most = min(MOST_ROWS, LARGEST_TILE // sum(_pieces(value.shape[-1])))
+    if used > most:
+        return (
+            f"the kernel takes (query heads / KV heads + 1) * new tokens up to {most} at this value width, "
+            f"got {used}"
+        )
+    return None
+
+
+def counters_needed(batch: int, heads: int, device: torch.device) -> int:
+    """One for every head of every row, and two for every program."""
+    return batch * heads + (2 * multiprocessors(device) if device.type == "cuda" else 0)
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    y_cache: Tensor,
+    cache_seqlens: Tensor,
+    y_scale: Tensor | None,
+    key_mask: Tensor | None,
+    block_table: Tensor | None,
+    strength: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    kernel_scale: float,
+    softcap: float,
+    counters: Tensor,
+) -> Tensor:
+    """The output; the caches are written in place."""
+    from .kernel import decode_kernel
+
+    batch, query_heads, tokens, width = query.shape
+    heads, value_width = key.shape[1], value.shape[-1]
+    out = query.new_empty((batch, query_heads, tokens, value_width))
+    if out.numel() == 0:
+        return out
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    group = query_heads // heads
+    used = (group + 1) * tokens
+    rows = max(16, _power(used))
+    page = 0 if block_table is None else key_cache.shape[2]
+    capacity = key_cache.shape[2] if block_table is None else block_table.shape[1] * page
+    if key_mask is not None:
+        key_mask = _dense(key_mask)
+        capacity = min(capacity, key_mask.shape[1])
+    block_table, strength, sinks, y_scale = map(_dense, (block_table, strength, sinks, y_scale))
+    ragged = cache_seqlens.numel() > 1
+    operands = (
+        query, key, value, key_cache, y_cache, y_scale, cache_seqlens, key_mask, block_table,
+        strength, sinks, out,
+    )  # fmt: skip
+    strides = (
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *key_cache.stride()[:3], *y_cache.stride()[:3],
+        0 if key_mask is None else key_mask.stride(0), 0 if block_table is None else block_table.stride(0),
+    )  # fmt: skip
+    numbers = (batch, heads, capacity, width, value_width, scale, kernel_scale, softcap, KEY_EPS)
+    common = {
+        "G": group, "C": tokens, "ROWS": rows, "BATCH": _power(batch) if ragged else 1, "PAGE": page,
+        "RAGGED": ragged, "SOFTCAP": softcap > 0,
+    }  # fmt: skip
+
+    def parts(programs: int, rows: int) -> Tensor:
+        """Of each part: tops, weights, sums. See the kernels."""
+        size = 2 * programs * rows * (value_width + 2)
+        return torch.empty(size, dtype=torch.float32, device=query.device)
+
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        if query.is_cuda and _is_hopper(query.device) and hopper_serves(key_cache, y_cache, page > 0):
+            from . import hopper
+
+            d, e = hopper.columns_of(width), hopper.columns_of(value_width)
+            tile, stages = hopper.tile_for(rows, d, e, page)
+            programs, each = hopper.programs_for(
+                multiprocessors(query.device), batch * heads, max(1, -(-capacity // tile)), ragged
+            )
+            hopper.hopper_decode_kernel[(programs,)](
+                hopper.tile_descriptor(key_cache, tile, d), hopper.tile_descriptor(y_cache, tile, e),
+                *operands, parts(programs, used), counters, *strides, *numbers,
+                **common, D=d, E=e, EACH=each, TILE=tile, STAGES=stages, num_warps=4,
+            )  # fmt: skip
+            return out
+        d1, d2 = _pieces(width)
+        e1, e2 = _pieces(value_width)
+        tile, warps, stages = _tiles(key_cache, y_cache, d1 + d2, e1 + e2)
+        programs = min(_slots(query.device), batch * heads * max(1, -(-capacity // tile)))
+        exact_key, exact_y = key_cache.dtype == torch.float32, y_cache.dtype == torch.float32
+        decode_kernel[(programs,)](
+            *operands, parts(programs, rows), counters, *strides, 1 if ragged else 0, *numbers,
+            **common, D1=d1, D2=d2, E1=e1, E2=e2, M=tile, PROGRAMS=_power(programs), STAGES=stages,
+            K_PRECISION="tf32x3" if exact_key else "tf32", Y_PRECISION="tf32x3" if exact_y else "tf32",
+            INTERPRET=not query.is_cuda, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def hopper_serves(key_cache: Tensor, y_cache: Tensor, paged: bool) -> bool:
+    from . import hopper
+
+    return hopper.serves(key_cache, y_cache, paged)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _tiles(key_cache: Tensor, y_cache: Tensor, width: int, value_width: int) -> tuple[int, int, int]:
+    """Rows of a tile, warps, stages."""
+    row = width * key_cache.element_size() + value_width * y_cache.element_size()
+    tile = 64
+    return tile, 4, max(1, min(4, 200 * 1024 // (2 * tile * row)))
+
+
+@functools.cache
+def _slots(device: torch.device) -> int:
+    """Programs that run at once."""
+    if device.type != "cuda":
+        return 3  # the interpreter: few enough that heads are shared
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _pieces(width: int) -> tuple[int, int]:
+    """A width as one or two powers of two, the first the larger."""
+    whole = max(16, _power(width))
+    if width <= 16 or whole == width or width > 3 * whole // 4:
+        return whole, 0
+    rest = max(16, _power(width - whole // 2))
+    return whole // 2, rest
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
