@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 
-.PHONY: help demo test test-slow test-gpu test-hf-newest lint format typecheck bench bench-gpu clean
+.PHONY: help demo test test-slow test-gpu test-hf-newest lint format typecheck bench bench-gpu bench-decode clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -48,6 +48,9 @@ format: $(STAMP) ## let ruff mend what it can
 
 bench: $(STAMP) ## the CPU benchmark of the solve: CSV and plot in benchmarks/results
 	$(BIN)/python -m benchmarks.solve
+
+bench-decode: $(STAMP) ## the GPU benchmark of decoding beside softmax attention (needs a CUDA device)
+	$(BIN)/python -m benchmarks.decode_gpu
 
 bench-gpu: $(STAMP) ## the GPU benchmark of the solve beside softmax attention (needs a CUDA device)
 	$(BIN)/python -m benchmarks.solve_gpu

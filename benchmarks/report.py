@@ -47,7 +47,7 @@ def _number(value: float, form: str, around: str = "") -> str:
     return "" if math.isnan(value) else around + format(value, form) + around
 
 
-def _table(titles: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+def table(titles: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     titles = list(titles)
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
@@ -112,10 +112,10 @@ def solve_tables(rows: list[Row], stages: list[Row], facts: Row) -> str:
     parts = [f"{_in_run(facts)}; a large matrix product: {facts['matmul_tflops']} TFLOP/s.\n"]
     if solve:
         titles = "D | chains | N | pass | solve, ms | SDPA, ms | / SDPA | both in CUDA graphs | TFLOP/s | of peak | extra MiB | / value | dense, ms | blocked, ms | error | us a step"  # fmt: skip
-        parts += ["## The solve\n", _table(titles.split(" | "), solve)]
+        parts += ["## The solve\n", table(titles.split(" | "), solve)]
     if attention:
         titles = "heads, query / KV | D | batch | N | pass | LUCID attention, ms | in SDPA's back end, ms | SDPA, ms | / SDPA | in its back end | both in CUDA graphs | extra MiB"  # fmt: skip
-        parts += ["## LUCID attention\n", _table(titles.split(" | "), attention)]
+        parts += ["## LUCID attention\n", table(titles.split(" | "), attention)]
     if stages:
         parts += ["## Where the solve's time goes\n", stage_table(stages)]
     return "\n".join(parts)
@@ -141,7 +141,7 @@ def stage_table(stages: list[Row]) -> str:
         for (dtype, width, batch, heads, seq, which), cells in calls.items()
     ]
     named = (name.removesuffix("_kernel").replace("_", " ") for name in kernels)
-    return _table(["D", "chains", "N", "pass", *named], lines)
+    return table(["D", "chains", "N", "pass", *named], lines)
 
 
 def precision_table(rows: list[Row], facts: Row) -> str:
@@ -157,7 +157,7 @@ def precision_table(rows: list[Row], facts: Row) -> str:
         for row in sorted(rows, key=lambda row: (row["dtype"], row["head_dim"]))
     ]
     titles = "inputs | D | N | keys | Y | Y, rounded to the inputs' dtype | dV | dK"
-    return _table(titles.split(" | "), lines) + f"\n{_in_run(facts)}.\n"
+    return table(titles.split(" | "), lines) + f"\n{_in_run(facts)}.\n"
 
 
 def curve(rows: list[Row], head_dim: int, which: str) -> list[Row]:

@@ -129,7 +129,9 @@ def lucid_attention_with_kvcache(
     if block_table is not None:
         capacity *= block_table.shape[1]
     if key_mask is not None:
-        keys = key_mask.shape[1] if isinstance(key_mask, Tensor) and key_mask.ndim == 2 else capacity
+        keys = (
+            key_mask.shape[1] if isinstance(key_mask, Tensor) and key_mask.ndim == 2 else capacity
+        )
         check_key_mask(key_mask, batch, keys, key.device)
         capacity = min(capacity, keys)
     check_room(cache_seqlens, tokens, capacity, block_table, key_cache)

@@ -33,6 +33,26 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
+def _wait_for_kernels_before():
+    """A kernel may be launched while the one before it ends; nothing global is touched before that has."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _let_next_kernel_begin():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _add(a, b):
     return a + b
 
@@ -106,7 +126,9 @@ def _load(
     EACH: gl.constexpr, TILE: gl.constexpr, BATCH: gl.constexpr, RAGGED: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp."""
-    tiles, cumulative, share, tile, end = _list(Lengths, batch, heads, capacity, EACH, TILE, BATCH, RAGGED, 1)
+    tiles, cumulative, share, tile, end = _list(
+        Lengths, batch, heads, capacity, EACH, TILE, BATCH, RAGGED, 1
+    )
     count = 0
     while tile < end:
         b, head, length, first, beyond = _whose(
@@ -121,7 +143,9 @@ def _load(
             where = b
             if PAGE:
                 # An empty sequence has a tile, of which nothing is used, and perhaps no page.
-                where = gl.load(Table + _long(b) * table_b + row // PAGE, mask=row < length, other=0)
+                where = gl.load(
+                    Table + _long(b) * table_b + row // PAGE, mask=row < length, other=0
+                )
                 row = row % PAGE
             mbarrier.wait(key_empty.index(slot), turn)
             mbarrier.expect(key_full.index(slot), KeyTiles.block_type.nbytes)
@@ -149,7 +173,9 @@ def _rows_of(
     queries = b * query_b + (head * G + row // C) * query_h + row % C * _long(query_n)
     keys = b * key_b + head * key_h + (row - G * C) * _long(key_n)
     inside = (column < width)[None, :]
-    x = gl.load(Query + queries[:, None] + column[None, :], mask=is_query[:, None] & inside, other=0.0)
+    x = gl.load(
+        Query + queries[:, None] + column[None, :], mask=is_query[:, None] & inside, other=0.0
+    )
     k = gl.load(Key + keys[:, None] + column[None, :], mask=is_key[:, None] & inside, other=0.0)
     return gl.where(is_key[:, None], k, x)
 
@@ -179,9 +205,9 @@ def _compute(
     local = gl.arange(0, TILE, gl.SliceLayout(1, product))
     shift = gl.where(is_key, kernel_scale * LOG2_E * width, 0.0)
 
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    tiles, cumulative, share, tile, end = _list(Lengths, batch, heads, capacity, EACH, TILE, BATCH, RAGGED, 4)
+    tiles, cumulative, share, tile, end = _list(
+        Lengths, batch, heads, capacity, EACH, TILE, BATCH, RAGGED, 4
+    )
     count = 0
     heads_done = 0
     while tile < end:
@@ -230,7 +256,9 @@ def _compute(
                 grown = gl.exp2(s * (2.0 * LOG2_E * scale / softcap))
                 capped = softcap * LOG2_E * (1.0 - 2.0 / (grown + 1.0))
                 z = gl.where(
-                    is_key[None, :], s * factor[None, :] * inverse_rms[:, None] - shift[None, :], capped
+                    is_key[None, :],
+                    s * factor[None, :] * inverse_rms[:, None] - shift[None, :],
+                    capped,
                 )
             else:
                 z = s * factor[None, :] * gl.where(is_key[None, :], inverse_rms[:, None], 1.0) - shift[None, :]  # fmt: skip
@@ -339,7 +367,9 @@ def _add_parts(
         fades = gl.exp2(tops - new_top[None, :])
         fade = gl.exp2(top - new_top)
         weight = weight * fade + gl.sum(weights * fades, axis=0)
-        acc = acc * gl.convert_layout(fade, down)[:, None] + gl.sum(sums * gl.expand_dims(fades, 2), axis=0)
+        acc = acc * gl.convert_layout(fade, down)[:, None] + gl.sum(
+            sums * gl.expand_dims(fades, 2), axis=0
+        )
         top = new_top
     return gl.convert_layout(top, down), gl.convert_layout(weight, down), acc
 
@@ -365,7 +395,9 @@ def _finish(
     # Parts that are read at once: 64 registers.
     AT_ONCE: gl.constexpr = max(1, min(16, 8192 // (R * E)))
     THREADS: gl.constexpr = min(E, 128) // 4
-    stack: gl.constexpr = gl.BlockedLayout([AT_ONCE, 1, 4], [1, 32 // THREADS, THREADS], [1, 4, 1], [2, 1, 0])
+    stack: gl.constexpr = gl.BlockedLayout(
+        [AT_ONCE, 1, 4], [1, 32 // THREADS, THREADS], [1, 4, 1], [2, 1, 0]
+    )
     lines: gl.constexpr = gl.SliceLayout(0, stack)
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, lines)
@@ -409,7 +441,8 @@ def _finish(
         all_sums = all_weights + 2 * programs * USED
         # Many parts are added up in two steps: neighbours first, each few of them by their last.
         fan = latest - earliest + 1
-        fan = gl.where(fan > 3 * AT_ONCE, AT_ONCE, fan)
+        root = (gl.sqrt(fan.to(gl.float32)) + 0.999).to(gl.int32)
+        fan = gl.where(fan > 3 * AT_ONCE, gl.maximum(root, AT_ONCE), fan)
         leader = program - (program - earliest) % fan
         begin = leader
         end = gl.minimum(leader + fan - 1, latest)
@@ -422,7 +455,9 @@ def _finish(
             gl.store(Parts + slot * USED + row, top, mask=used)
             gl.store(all_weights + slot * USED + row, weight, mask=used)
             mine = all_sums + _long(slot) * (USED * value_width)
-            gl.store(mine + row[:, None] * value_width + entry[None, :], acc, mask=used[:, None] & inside)
+            gl.store(
+                mine + row[:, None] * value_width + entry[None, :], acc, mask=used[:, None] & inside
+            )
             gl.thread_barrier()
             waiting = gl.atomic_add(counter, 1, sem="acq_rel") == (end - begin) // step
             if waiting:
@@ -507,9 +542,13 @@ def hopper_decode_kernel(
     EACH: gl.constexpr, TILE: gl.constexpr, BATCH: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``programs``, best one for each multiprocessor."""
+    # A place in the rings belongs to one group: a barrier's parity cannot tell a phase from the one after next.
+    gl.static_assert(STAGES % 2 == 0)
     key_ring = gl.allocate_shared_memory(KeyTiles.dtype, [STAGES, 1, 1, TILE, D], KeyTiles.layout)
     y_ring = gl.allocate_shared_memory(YTiles.dtype, [STAGES, 1, 1, TILE, E], YTiles.layout)
-    x_smem = gl.allocate_shared_memory(KeyTiles.dtype, [2, ROWS, D], gl.NVMMASharedLayout(128, 16, 2))
+    x_smem = gl.allocate_shared_memory(
+        KeyTiles.dtype, [2, ROWS, D], gl.NVMMASharedLayout(128, 16, 2)
+    )
     p_smem = gl.allocate_shared_memory(
         YTiles.dtype, [2, TILE, ROWS], gl.NVMMASharedLayout(2 * ROWS, 16, 2)
     )
@@ -536,6 +575,8 @@ def hopper_decode_kernel(
     mbarrier.init(is_among, count=1)
     fence_async_shared()
     gl.thread_barrier()
+    _wait_for_kernels_before()
+    _let_next_kernel_begin()
     gl.warp_specialize(
         [
             (_compute, (
@@ -572,7 +613,9 @@ def tile_descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     )
 
 
-def programs_for(multiprocessors: int, chains: int, most_tiles: int, ragged: bool) -> tuple[int, int]:
+def programs_for(
+    multiprocessors: int, chains: int, most_tiles: int, ragged: bool
+) -> tuple[int, int]:
     """How many programs, and how many of them for each head; 0 if the list of tiles is cut regardless of heads.
 
     Two thirds of the multiprocessors are enough to read at the memory's rate, and a program that goes from one
@@ -593,7 +636,8 @@ def tile_for(rows: int, d: int, e: int, page: int) -> tuple[int, int]:
     """Rows of a tile and stages of the rings."""
     tile = LARGE if d + e <= 128 and page % LARGE == 0 else SMALL
     fixed = 2 * rows * d * 2 + 2 * tile * rows * 2 + rows * (e + 18) * 4 + 2048
-    return tile, min(8, (_SHARED - fixed) // (tile * (d + e) * 2))
+    stages = min(8, (_SHARED - fixed) // (tile * (d + e) * 2))
+    return tile, stages // 2 * 2
 
 
 def serves(key_cache: Tensor, y_cache: Tensor, paged: bool) -> bool:

@@ -248,13 +248,17 @@ def decode_kernel(
             k2 = k1
             if D2 > 0:
                 k2 = _piece(Key, token_places, exists, width, D1, D2)
-            fits = (length + 0 * row) + C <= capacity  # of every row: what the program knows of a batch row
+            fits = (
+                length + 0 * row
+            ) + C <= capacity  # of every row: what the program knows of a batch row
             real = is_query | is_key
             seen = exists
             if Mask is not None:
                 new_mask = Mask + wide_b * mask_b + length
                 real = tl.load(new_mask + of_token, mask=real & fits, other=0) != 0
-                seen = tl.load(new_mask + token, mask=seen & (length + token < capacity), other=0) != 0
+                seen = (
+                    tl.load(new_mask + token, mask=seen & (length + token < capacity), other=0) != 0
+                )
             z = _exponents(
                 x1, x2, k1, k2, factor, is_key, scale, softcap, width, shift, eps, D2, SOFTCAP, K_PRECISION, INTERPRET,
             )  # fmt: skip

@@ -26,15 +26,20 @@ def why_not_fused(
         return reason
     if y_cache.dtype == torch.float64:
         return "the kernels take no float64 y_cache"
+    return why_not_this_many(query, key, value)
+
+
+def why_not_this_many(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why new tokens are too many for the kernels, or None; from shapes alone, so that it can be traced."""
     tokens = key.shape[2]
     if tokens > MOST_TOKENS:
-        return f"the kernel takes up to {MOST_TOKENS} new tokens at once, got {tokens}"
+        return f"the kernels take up to {MOST_TOKENS} new tokens at once, got {tokens}"
     used = (query.shape[1] // max(key.shape[1], 1) + 1) * tokens
     most = min(MOST_ROWS, LARGEST_TILE // sum(_pieces(value.shape[-1])))
     if used > most:
         return (
-            f"the kernel takes (query heads / KV heads + 1) * new tokens up to {most} at this value width, "
-            f"got {used}"
+            f"the kernels take (query heads / KV heads + 1) * new tokens up to {most} at this value "
+            f"width, got {used}"
         )
     return None
 
@@ -76,9 +81,10 @@ def decode(
     page = 0 if block_table is None else key_cache.shape[2]
     capacity = key_cache.shape[2] if block_table is None else block_table.shape[1] * page
     if key_mask is not None:
-        key_mask = _dense(key_mask)
         capacity = min(capacity, key_mask.shape[1])
-    block_table, strength, sinks, y_scale = map(_dense, (block_table, strength, sinks, y_scale))
+    key_mask, block_table, strength, sinks, y_scale = map(
+        _dense, (key_mask, block_table, strength, sinks, y_scale)
+    )
     ragged = cache_seqlens.numel() > 1
     operands = (
         query, key, value, key_cache, y_cache, y_scale, cache_seqlens, key_mask, block_table,
@@ -101,7 +107,11 @@ def decode(
         return torch.empty(size, dtype=torch.float32, device=query.device)
 
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        if query.is_cuda and _is_hopper(query.device) and hopper_serves(key_cache, y_cache, page > 0):
+        if (
+            query.is_cuda
+            and _is_hopper(query.device)
+            and hopper_serves(key_cache, y_cache, page > 0)
+        ):
             from . import hopper
 
             d, e = hopper.columns_of(width), hopper.columns_of(value_width)
@@ -112,7 +122,7 @@ def decode(
             hopper.hopper_decode_kernel[(programs,)](
                 hopper.tile_descriptor(key_cache, tile, d), hopper.tile_descriptor(y_cache, tile, e),
                 *operands, parts(programs, used), counters, *strides, *numbers,
-                **common, D=d, E=e, EACH=each, TILE=tile, STAGES=stages, num_warps=4,
+                **common, D=d, E=e, EACH=each, TILE=tile, STAGES=stages, num_warps=4, launch_pdl=True,
             )  # fmt: skip
             return out
         d1, d2 = _pieces(width)
@@ -146,7 +156,9 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
-def _tiles(key_cache: Tensor, y_cache: Tensor, width: int, value_width: int) -> tuple[int, int, int]:
+def _tiles(
+    key_cache: Tensor, y_cache: Tensor, width: int, value_width: int
+) -> tuple[int, int, int]:
     """Rows of a tile, warps, stages."""
     row = width * key_cache.element_size() + value_width * y_cache.element_size()
     tile = 64

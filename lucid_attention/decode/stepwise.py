@@ -71,9 +71,7 @@ def attend(
     _write(y_cache, stored, place, fits, block_table)
     if capacity == 0 or tokens == 0:
         return query.new_full((*query.shape[:3], value.shape[-1]), float("nan"))
-    output = _softmax(
-        query, key, solved, *past, seen, new_mask, sinks, scale, softcap, dtype
-    )
+    output = _softmax(query, key, solved, *past, seen, new_mask, sinks, scale, softcap, dtype)
     return torch.where(fits[:, None, :, None], output, float("nan")).to(query.dtype)
 
 

@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lucid_attention import lucid_attention_with_kvcache, precondition, precondition_varlen
 from lucid_attention.attention import softmax_attention, softmax_attention_varlen
-from lucid_attention.decode.launch import why_not_fused
+from lucid_attention.decode.launch import why_not_this_many
 
 from .cache import LucidLayer
 from .masks import Packing, convert_4d_mask, pack
@@ -258,7 +258,10 @@ def _cached(
 
 
 def _is_one_pass(layer: LucidLayer, lucid: Any, query: Tensor, softmax: _Softmax) -> bool:
-    """Whether the decode kernel serves this call: few tokens after a past, on a GPU, without gradients."""
+    """Whether this is the decode kernel's: few tokens after a past, on a GPU, without gradients.
+
+    Which GPUs it runs on the operator knows, which is opaque to a compiler.
+    """
     pending = layer.pending
     assert pending is not None
     key, value = pending.key, pending.value
@@ -273,7 +276,7 @@ def _is_one_pass(layer: LucidLayer, lucid: Any, query: Tensor, softmax: _Softmax
         any(x.requires_grad for x in (query, key, value, *lucid.parameters()))
     ):
         return False
-    return why_not_fused(query, key, value, pending.room[1]) is None
+    return why_not_this_many(query, key, value) is None
 
 
 def _one_pass(
@@ -292,7 +295,9 @@ def _one_pass(
     else:
         length = pending.past.shape[2]
         if length not in context.starts:
-            context.starts[length] = torch.full((1,), length, dtype=torch.int32, device=query.device)
+            context.starts[length] = torch.full(
+                (1,), length, dtype=torch.int32, device=query.device
+            )
         start = context.starts[length]
     output = lucid_attention_with_kvcache(
         query,

@@ -131,7 +131,11 @@ class LucidLayer:
     def counters(self, key: Tensor) -> Tensor:
         """The decode operator's workspace; it may be used under a CUDA graph once it is there."""
         workspace, (batch, heads) = self.workspace, key.shape[:2]
-        if workspace is None or workspace.device != key.device or self.workspace_for != (batch, heads):
+        if (
+            workspace is None
+            or workspace.device != key.device
+            or self.workspace_for != (batch, heads)
+        ):
             workspace = decode_workspace(batch, heads, key.device)
             self.workspace, self.workspace_for = workspace, (batch, heads)
         return workspace
@@ -278,7 +282,9 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         else:
             assert preconditioned is not None
             rows = self.in_units(preconditioned).to(pending.past.dtype)
-            with torch.autocast(rows.device.type, enabled=False):  # it knows one half precision only
+            with torch.autocast(
+                rows.device.type, enabled=False
+            ):  # it knows one half precision only
                 values = torch.cat([pending.past, rows], dim=-2)
         # An offloading cache has moved the keys to the host since `update`; the values follow. The
         # copy blocks: the next prefetch reads the host copy from another stream.

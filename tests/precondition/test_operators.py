@@ -44,7 +44,14 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
     extra = (strength, mask, past_key, past_y) if optional else (None, None, None, None)
     torch.library.opcheck(
         operators.precondition.overload,
-        (key, value, *extra, 0.4, "auto", torch.float64 if dtype == torch.float64 else torch.float32),
+        (
+            key,
+            value,
+            *extra,
+            0.4,
+            "auto",
+            torch.float64 if dtype == torch.float64 else torch.float32,
+        ),
         test_utils=CHECKS,
     )
     y = operators.precondition(key, value, *extra, 0.4, "auto", value.dtype).detach()
