@@ -128,7 +128,7 @@ def decode(
         d1, d2 = _pieces(width)
         e1, e2 = _pieces(value_width)
         tile, warps, stages = _tiles(key_cache, y_cache, d1 + d2, e1 + e2)
-        programs = min(_slots(query.device), batch * heads * max(1, -(-capacity // tile)))
+        programs = min(slots(query.device), batch * heads * max(1, -(-capacity // tile)))
         exact_key, exact_y = key_cache.dtype == torch.float32, y_cache.dtype == torch.float32
         decode_kernel[(programs,)](
             *operands, parts(programs, rows), counters, *strides, 1 if ragged else 0, *numbers,
@@ -166,7 +166,7 @@ def _tiles(
 
 
 @functools.cache
-def _slots(device: torch.device) -> int:
+def slots(device: torch.device) -> int:
     """Programs that run at once."""
     if device.type != "cuda":
         return 3  # the interpreter: few enough that heads are shared

@@ -147,5 +147,5 @@ def _softmax(
         weights = torch.where(visible.any(-1, keepdim=True), weights, 0.0)
         if sinks is not None:
             weights = weights[..., :-1]
-        outputs.append((weights @ ys).view(batch, kv_heads, group, count, -1).flatten(1, 2))
+        outputs.append((weights @ ys).view(batch, heads, count, ys.shape[-1]))
     return torch.cat(outputs, dim=2)

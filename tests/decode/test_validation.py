@@ -1,0 +1,105 @@
+"""Every user error of the decode operator names the argument, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lucid_attention import lucid_attention_with_kvcache
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """A call that works, with some arguments replaced."""
+    good: dict[str, Any] = {
+        "query": torch.randn(2, 4, 1, 8),
+        "key": torch.randn(2, 2, 1, 8),
+        "value": torch.randn(2, 2, 1, 6),
+        "key_cache": torch.zeros(2, 2, 10, 8),
+        "y_cache": torch.zeros(2, 2, 10, 6),
+        "cache_seqlens": 3,
+    }
+    clean = {
+        name: x.clone()
+        if isinstance(x, Tensor) and name.endswith("_cache") and not x.requires_grad
+        else x
+        for name, x in changes.items()
+    }
+    return {**good, **clean}
+
+
+PAGED = {
+    "key_cache": torch.zeros(5, 2, 4, 8),
+    "y_cache": torch.zeros(5, 2, 4, 6),
+    "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+}
+half = torch.float16
+
+
+def test_the_good_call_works() -> None:
+    assert lucid_attention_with_kvcache(**arguments()).shape == (2, 4, 1, 6)
+    assert lucid_attention_with_kvcache(**arguments(**PAGED)).shape == (2, 4, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.randn(2, 3, 1, 8)}, ValueError, "query heads must be a multiple"),
+        ({"query": torch.randn(2, 4, 2, 8)}, ValueError, "query must have key's seq"),
+        ({"value": torch.randn(2, 1, 1, 6)}, ValueError, "value must have key's heads"),
+        ({"key_cache": None}, TypeError, "key_cache must be a tensor"),
+        ({"key_cache": torch.zeros(2, 2, 8)}, ValueError, "key_cache must have 4 dimensions"),
+        ({"key_cache": torch.zeros(2, 3, 10, 8)}, ValueError, r"key_cache must have shape .*another model"),
+        ({"key_cache": torch.zeros(5, 2, 4, 8)}, ValueError, "lacks its block_table"),
+        ({"y_cache": torch.zeros(2, 2, 9, 6)}, ValueError, r"y_cache must have shape .*\(2, 2, 10, 6\)"),
+        ({"key_cache": torch.zeros(2, 2, 10, 8, dtype=half)}, TypeError, "key_cache must have key's dtype"),
+        ({"y_cache": torch.zeros(2, 2, 10, 6, dtype=torch.int32)}, TypeError, "y_cache must be float16"),
+        ({"y_cache": torch.zeros(2, 2, 6, 10).mT}, ValueError, "contiguous in its last dimension"),
+        ({"key_cache": torch.zeros(2, 2, 10, 8, device="meta")}, ValueError, "key_cache must be on key's device"),
+        ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens must be an int"),
+        ({"cache_seqlens": True}, TypeError, "cache_seqlens must be an int"),
+        ({"cache_seqlens": -1}, ValueError, "cache_seqlens must not be negative"),
+        ({"cache_seqlens": 10}, ValueError, "the cache is full: 10 cached and 1 new"),
+        ({"cache_seqlens": torch.tensor([3, 10])}, ValueError, "the cache is full: 10 cached"),
+        ({"cache_seqlens": torch.tensor([1.0, 2.0])}, TypeError, "cache_seqlens must be int32 or int64"),
+        ({"cache_seqlens": torch.tensor([1, 2, 3])}, ValueError, r"cache_seqlens must have shape .*\(2,\)"),
+        ({"key_mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "cache is full: 3 cached .* capacity of 3"),
+        ({"key_mask": torch.ones(2, 10)}, TypeError, "key_mask must be bool"),
+        ({"key_mask": torch.ones(3, 10, dtype=torch.bool)}, ValueError, "key_mask must have shape"),
+        ({"y_scale": torch.ones(2, 2, dtype=half)}, TypeError, "y_scale must be a float32"),
+        ({"y_scale": torch.ones(2)}, ValueError, r"y_scale must have shape \(batch, kv_heads\)"),
+        ({"strength": 1.5}, ValueError, "strength must lie in"),
+        ({"strength": torch.tensor([0.5, -0.1])}, ValueError, "strength must lie in"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a positive float"),
+        ({"softcap": "3"}, TypeError, "softcap must be a positive float"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(heads,\)"),
+        ({"sinks": 3.0}, TypeError, "sinks must be a floating tensor"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+        ({"kernel_scale": 0.0}, ValueError, "kernel_scale must be positive"),
+        ({"workspace": torch.zeros(1, dtype=torch.int32)}, ValueError, "workspace must come from decode_workspace"),
+        ({"workspace": torch.zeros(9)}, TypeError, "workspace must come from decode_workspace"),
+        ({"impl": "flash"}, ValueError, "impl must be one of"),
+        ({"query": torch.randn(2, 4, 1, 8, requires_grad=True)}, ValueError, r"has no gradient.*precondition"),
+        ({"strength": torch.ones(2, requires_grad=True)}, ValueError, "has no gradient"),
+        ({**PAGED, "block_table": [[0, 1], [2, 3]]}, TypeError, "block_table must be an int32 tensor"),
+        ({**PAGED, "block_table": PAGED["block_table"].long()}, TypeError, "block_table must be int32"),
+        ({**PAGED, "block_table": PAGED["block_table"][:1]}, ValueError, "block_table must have shape"),
+        ({**PAGED, "block_table": PAGED["block_table"] + 4}, ValueError, "names page 6, but there are 5"),
+        ({**PAGED, "cache_seqlens": 8}, ValueError, "the cache is full: 8 cached .* capacity of 8"),
+    ],
+)  # fmt: skip
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    call = arguments(**changes)
+    caches = [x for x in (call["key_cache"], call["y_cache"]) if isinstance(x, Tensor)]
+    with pytest.raises(error, match=message):
+        lucid_attention_with_kvcache(**call)
+    for cache in caches:  # nothing was written
+        assert cache.is_meta or int(cache.count_nonzero()) == 0
+
+
+def test_pages_beyond_the_lengths_may_be_anything() -> None:
+    table = torch.tensor([[0, -1], [2, 999]], dtype=torch.int32)
+    call = arguments(**{**PAGED, "block_table": table, "cache_seqlens": 3})
+    assert bool(lucid_attention_with_kvcache(**call).isfinite().all())
