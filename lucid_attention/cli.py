@@ -68,6 +68,14 @@ def build_app() -> typer.Typer:
         False, "--quick", help="A look in about a minute: the models stay undertrained."
     )
 
+    file_option = typer.Option(
+        None,
+        "--file",
+        "-f",
+        metavar="FILE",
+        help="UTF-8 text to continue; - is standard input.",
+    )
+
     @app.callback()
     def lucid(version: bool = version_option) -> None:
         pass
@@ -115,5 +123,59 @@ def build_app() -> typer.Typer:
             raise typer.Exit(_INTERRUPTED)
         if outcome.record.checkpoint is None or not outcome.record.checkpoint.passed:
             raise typer.Exit(_FAILED)
+
+    @app.command()
+    def generate(
+        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        prompt: str | None = typer.Option(None, "--prompt", "-p", help="The text to continue."),
+        file: Path | None = file_option,
+        new_tokens: int = typer.Option(200, "--new-tokens", "-n", help="At most so many."),
+        temperature: float = typer.Option(
+            0.0,
+            "--temperature",
+            "-t",
+            help="0 takes the likeliest token; otherwise tokens are drawn.",
+        ),
+        top_k: int | None = typer.Option(None, "--top-k", help="Draw from the K likeliest."),
+        top_p: float | None = typer.Option(
+            None, "--top-p", help="Draw from the likeliest that make up P."
+        ),
+        seed: int = typer.Option(0, "--seed", min=0, help="Seed of the drawing."),
+        cache: str = typer.Option(
+            "dynamic", "--cache", help="dynamic, static (compiled on a GPU) or offloaded."
+        ),
+        strength: float | None = typer.Option(
+            None,
+            "--strength",
+            show_default="as the model was saved",
+            help="Switch to LUCID of this strength, 0 to 1.",
+        ),
+        dtype: str = typer.Option(
+            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
+        ),
+        device: str | None = typer.Option(
+            None, "--device", show_default="cuda where there is one", help="Where it runs."
+        ),
+    ) -> None:
+        """Continue a prompt with a LUCID checkpoint, or any other causal language model.
+
+        The text goes to standard output as it comes, and nothing else does; a line about tokens and tokens/s
+        goes to standard error at the end. Ctrl-C stops early.
+
+        Exit codes: 0 done, 2 bad input, 130 interrupted.
+        """
+        from lucid_attention import generate as library
+
+        try:
+            settings = library.Settings(new_tokens, temperature, top_k, top_p, seed, cache)
+            text = library.read_prompt(prompt, file)
+            loaded = library.load(model, dtype=dtype, device=device, strength=strength)
+            summary = library.generate(*loaded, text, settings)
+        except library.GenerateError as error:
+            print(f"lucid generate: {error}", file=sys.stderr)
+            raise typer.Exit(_BAD_INPUT) from None
+        print(f"\nlucid generate: {summary}", file=sys.stderr)
+        if summary.interrupted:
+            raise typer.Exit(_INTERRUPTED)
 
     return app

@@ -137,7 +137,10 @@ def lucid_attention_with_kvcache(
     check_room(cache_seqlens, tokens, capacity, block_table, key_cache)
     lengths = resolve_lengths(cache_seqlens, key)
     check_sinks(sinks, query)
-    workspace = check_workspace(workspace, counters_needed(batch, heads, key.device), key)
+    if workspace is None:
+        workspace = decode_workspace(batch, heads, key.device)
+    elif not torch.compiler.is_compiling():
+        check_workspace(workspace, counters_needed(batch, heads, key.device), key)
     output: Tensor = with_kvcache(
         query, key, value, key_cache, y_cache, lengths, workspace, y_scale, key_mask, block_table,
         resolved, sinks, scale, kernel_scale, resolve_softcap(softcap), impl,

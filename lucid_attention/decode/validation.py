@@ -173,10 +173,7 @@ def resolve_lengths(cache_seqlens: int | Tensor, key: Tensor) -> Tensor:
     return cache_seqlens.reshape(-1).contiguous()
 
 
-def check_workspace(workspace: Tensor | None, size: int, key: Tensor) -> Tensor:
-    """The counters given, or new ones."""
-    if workspace is None:
-        return torch.zeros(size, dtype=torch.int32, device=key.device)
+def check_workspace(workspace: Tensor, size: int, key: Tensor) -> None:
     if not isinstance(workspace, Tensor) or workspace.dtype != torch.int32:
         raise TypeError(f"workspace must come from decode_workspace, got {kind(workspace)}.")
     if workspace.numel() < size or workspace.device != key.device or not workspace.is_contiguous():
@@ -184,4 +181,3 @@ def check_workspace(workspace: Tensor | None, size: int, key: Tensor) -> Tensor:
             f"workspace must come from decode_workspace for this batch, these KV heads and this device, expected "
             f"{size} counters on {key.device}, got {tuple(workspace.shape)} on {workspace.device}."
         )
-    return workspace

@@ -44,10 +44,10 @@ MUTATIONS = {
     "counters not returned": ('tl.atomic_xchg(counter, 0, sem="relaxed")', "tl.debug_barrier()"),
 }  # fmt: skip
 ON_HOPPER = {
-    "sums do not fade": ("acc = acc * fade[None, :]\n            own_p", "own_p"),
+    "sums do not fade": ("            acc = acc * fade[None, :]\n", ""),
     "keys not normalised": ("gl.where(is_key[None, :], inverse_rms[:, None], 1.0)", "1.0"),
     "group 1 left out": ("acc * fade[None, :] + their_acc * their_fade[None, :]", "acc * fade[None, :]"),
-    "parts do not fade": ("gl.sum(sums * gl.expand_dims(fades, 2), axis=0)", "gl.sum(sums, axis=0)"),
+    "parts do not fade": ("sums * gl.expand_dims(fades, 2), axis=0", "sums, axis=0"),
     "padding seen": ("seen = seen & (gl.load(Mask + wide_b * mask_b + rows", "seen = seen | (gl.load(Mask + wide_b * mask_b + rows"),
     "new tokens do not see each other": ("acc = acc * fade[:, None] + w[:, None] * y[None, :]", "acc = acc * fade[:, None]"),
     "counters not returned": ('gl.atomic_xchg(counter, 0, sem="relaxed")', "gl.thread_barrier()"),
@@ -78,13 +78,13 @@ def mutant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     setattr(lucid_attention.decode, module, kept)
 
 
-def agree(device: str, width: int, value_width: int, programs: int) -> bool:
+def agree(device: str, width: int) -> bool:
     """Padding, a split past, more tokens than one, strength, softcap, sinks; twice with one workspace."""
     case = Case(
-        (300, 170), tokens=3, width=width, value_width=value_width, padding="anywhere", strength=True,
+        (300, 170), tokens=3, width=width, value_width=width, padding="anywhere", strength=True,
         softcap=4.0, sinks=True, capacity=320, keys="cos0.8",
     )  # fmt: skip
-    plain = Case((300, 170), tokens=3, width=width, value_width=value_width, capacity=320)
+    plain = Case((300, 170), tokens=3, width=width, value_width=width, capacity=320)
     workspace = lucid_attention.decode.decode_workspace(2, 2, device)
     good = True
     for one in (case, plain):
@@ -113,12 +113,16 @@ def test_a_dropped_term_shows(
 ) -> None:
     monkeypatch.setattr(launch, "slots", lambda device: 5)
     unchanged = "unchanged" in request.node.callspec.id
-    assert agree("cpu", 36, 36, 5) == unchanged
+    assert agree("cpu", 36) == unchanged
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mutant", cases("hopper", ON_HOPPER), indirect=True)
-def test_a_dropped_term_shows_on_hopper(mutant: None, request: pytest.FixtureRequest) -> None:
+def test_a_dropped_term_shows_on_hopper(
+    mutant: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few that each has several tiles, for both of its groups.
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("Hopper's kernel")
-    assert agree("cuda", 64, 64, 5) == ("unchanged" in request.node.callspec.id)
+    assert agree("cuda", 128) == ("unchanged" in request.node.callspec.id)

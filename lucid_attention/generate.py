@@ -1,0 +1,228 @@
+"""What `lucid generate` does: a checkpoint continues a prompt, the text as it comes, and how fast it came."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+from lucid_attention.hf import enable
+
+__all__ = ["GenerateError", "Settings", "Summary", "generate", "load", "read_prompt"]
+
+CACHES = ("dynamic", "static", "offloaded")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class GenerateError(ValueError):
+    """Something the user can put right; its message is one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to continue.
+
+    Args:
+        new_tokens: at most so many; fewer if the model ends its text.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn.
+        top_k, top_p: what is drawn from; None: all.
+        seed: of the drawing.
+        cache: "dynamic" grows; "static" is as large as it will be from the start, and on a GPU its steps are
+            compiled; "offloaded" keeps all layers but one on the host.
+
+    Raises:
+        GenerateError: a value out of range.
+    """
+
+    new_tokens: int = 200
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    cache: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise GenerateError(f"--new-tokens: expected 1 or more, got {self.new_tokens}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise GenerateError(f"--temperature: expected 0 or more, got {self.temperature:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise GenerateError(f"--top-k: expected 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise GenerateError(f"--top-p: expected a number in (0, 1], got {self.top_p:g}")
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            raise GenerateError(
+                "--top-k and --top-p say what to draw from: give a --temperature as well"
+            )
+        if self.cache not in CACHES:
+            raise GenerateError(f"--cache: expected one of {', '.join(CACHES)}, got {self.cache!r}")
+
+
+@dataclass
+class Summary:
+    """What happened; ``times``: when the prompt went in and when each token came out, in seconds."""
+
+    model: str
+    prompt_tokens: int
+    times: list[float] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def new_tokens(self) -> int:
+        return max(0, len(self.times) - 1)
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.times[1] - self.times[0] if self.new_tokens else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """By the median interval between tokens, so that compiling does not count; NaN below two tokens."""
+        gaps = [b - a for a, b in zip(self.times[1:-1], self.times[2:], strict=True)]
+        return 1.0 / statistics.median(gaps) if gaps else float("nan")
+
+    def __str__(self) -> str:
+        parts = [f"{self.prompt_tokens} prompt tokens"]
+        if self.new_tokens:
+            parts.append(f"first token after {self.first_token_seconds:.2f} s")
+        parts.append(f"{self.new_tokens} new tokens")
+        if self.new_tokens > 1:
+            parts.append(f"{self.tokens_per_second:.1f} tokens/s")
+        return f"{self.model}: {', '.join(parts)}{', interrupted' if self.interrupted else ''}"
+
+
+class _Streamer(TextStreamer):
+    """Prints whole words as they are decided, and notes when."""
+
+    def __init__(self, tokenizer: Any, summary: Summary) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.summary = summary
+
+    def put(self, value: torch.Tensor) -> None:
+        # The tokens are on the host here, so the step that made them is over.
+        if self.summary.times:
+            self.summary.times.append(time.perf_counter())
+        super().put(value)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt itself, or a file's text; "-" is standard input.
+
+    Raises:
+        GenerateError: both or neither given, no such file, not UTF-8, nothing in it.
+    """
+    if (prompt is None) == (file is None):
+        raise GenerateError("give either --prompt or --file")
+    if prompt is not None:
+        text, name = prompt, "--prompt"
+    else:
+        assert file is not None
+        name = f"--file {file}"
+        try:
+            data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            text = data.decode()
+        except OSError as error:
+            raise GenerateError(f"{name}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise GenerateError(f"{name}: is not UTF-8 text") from None
+    if not text.strip():
+        raise GenerateError(f"{name}: is empty")
+    return text
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str | None = None, strength: float | None = None
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a folder or from the hub.
+
+    Args:
+        name: a folder, or a model id.
+        dtype: "auto" is the checkpoint's.
+        device: None takes a CUDA device where there is one.
+        strength: switch the model to LUCID of this strength, whatever its checkpoint says; None runs it as it
+            was saved.
+
+    Raises:
+        GenerateError: no such model, not a causal language model, LUCID cannot take it, no such device.
+    """
+    if dtype not in DTYPES:
+        raise GenerateError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise GenerateError(f"{name}: no such folder")
+    source = str(path) if path.is_dir() else name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise GenerateError(f"{name}: cannot be loaded: {first}") from None
+    try:
+        if strength is not None:
+            enable(model, strength=strength)
+        model.to(device)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise GenerateError(f"{name}: {str(error).strip().splitlines()[0]}") from None
+    return model.eval(), tokenizer
+
+
+def describe(model: Any) -> str:
+    """The model's class, its LUCID layers, dtype and device."""
+    lucid = getattr(model.config, "lucid", None)
+    layers = model.config.num_hidden_layers
+    kind = "softmax attention"
+    if isinstance(lucid, dict):
+        kind = f"LUCID in {len(lucid['layers'])} of {layers} layers"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{type(model).__name__} ({kind}, {dtype}, {model.device})"
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Summary:
+    """Continue the prompt on standard output; Ctrl-C ends it early.
+
+    Returns:
+        A `Summary`, whose text is a line for the user.
+
+    Raises:
+        GenerateError: the prompt has no tokens, or is longer than a static cache or the model takes.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise GenerateError("the prompt has no tokens")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length + settings.new_tokens > most:
+        print(
+            f"lucid generate: {length} prompt and {settings.new_tokens} new tokens are more than the {most} "
+            "positions of the model; what comes after them may be worse",
+            file=sys.stderr,
+        )
+    summary = Summary(describe(model), length)
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if settings.temperature > 0:
+        how = {"do_sample": True, "temperature": settings.temperature}
+        how |= {"top_k": settings.top_k or 0, "top_p": settings.top_p or 1.0}
+    if settings.cache != "dynamic":
+        how["cache_implementation"] = settings.cache
+    if tokenizer.pad_token_id is None and model.generation_config.pad_token_id is None:
+        how["pad_token_id"] = tokenizer.eos_token_id
+    set_seed(settings.seed)
+    streamer = _Streamer(tokenizer, summary)
+    summary.times.append(time.perf_counter())
+    try:
+        model.generate(**inputs, max_new_tokens=settings.new_tokens, streamer=streamer, **how)
+    except KeyboardInterrupt:
+        streamer.end()
+        summary.interrupted = True
+    # The first thing that a streamer is given is the prompt.
+    del summary.times[1:2]
+    return summary

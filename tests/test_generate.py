@@ -1,0 +1,184 @@
+"""`lucid generate` as a user runs it, with a tiny checkpoint of random weights."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from typer.testing import CliRunner
+
+from lucid_attention import cli
+from lucid_attention.generate import GenerateError, Settings, Summary, read_prompt
+from lucid_attention.hf import enable
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model saved as LUCID and as softmax, with a byte-level tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<eos>"], show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([PROMPT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=32, num_hidden_layers=2, eos_token_id=None,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, max_position_embeddings=64,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    found = {name: tmp_path_factory.mktemp(name) for name in ("softmax", "lucid")}
+    for name, folder in found.items():
+        if name == "lucid":
+            enable(model)
+        model.save_pretrained(folder)
+        fast.save_pretrained(folder)
+    return found
+
+
+def lucid(*arguments: str, **more: Any) -> Any:
+    result = CliRunner().invoke(cli.build_app(), ["generate", *arguments], **more)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def test_text_to_stdout_and_a_line_to_stderr(checkpoints: dict[str, Path]) -> None:
+    result = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "20")
+    assert result.exit_code == 0
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith(
+        "lucid generate: LucidLlamaForCausalLM (LUCID in 2 of 2 layers, float32, cpu)"
+    )
+    assert "20 new tokens" in line and "tokens/s" in line
+    assert "lucid" not in result.stdout
+    again = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "20")
+    assert again.stdout == result.stdout
+
+
+def test_it_is_what_the_model_generates(checkpoints: dict[str, Path]) -> None:
+    """Every cache gives the tokens that the model gives without one; another attention gives others."""
+    folder = checkpoints["lucid"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**ids, max_new_tokens=20, do_sample=False, use_cache=False)
+    expected = tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :])
+    texts = {
+        cache: lucid(str(folder), "-p", PROMPT, "-n", "20", "--cache", cache).stdout
+        for cache in ("dynamic", "static")
+    }
+    assert {text.rstrip("\n") for text in texts.values()} == {expected.rstrip("\n")}
+    softmax = str(checkpoints["softmax"])
+    assert lucid(softmax, "-p", PROMPT, "-n", "20").stdout != texts["dynamic"]
+    switched = lucid(softmax, "-p", PROMPT, "-n", "20", "--strength", "1")
+    assert switched.stdout == texts["dynamic"] and "LUCID in 2 of 2" in switched.stderr
+    plain = lucid(softmax, "-p", PROMPT, "-n", "3")
+    assert "LlamaForCausalLM (softmax attention" in plain.stderr
+
+
+def test_drawing_repeats_with_its_seed(checkpoints: dict[str, Path]) -> None:
+    folder = str(checkpoints["lucid"])
+    draw = ("-p", PROMPT, "-n", "20", "-t", "1.5", "--top-k", "50", "--top-p", "0.9")
+    texts = [lucid(folder, *draw, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_file_and_standard_input(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = str(checkpoints["lucid"])
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT)
+    outputs = [
+        lucid(folder, *how, "-n", "5", **more).stdout
+        for how, more in ((("-p", PROMPT), {}), (("-f", str(path)), {}), (("-f", "-"), {"input": PROMPT}))
+    ]  # fmt: skip
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_more_than_the_positions_is_said(checkpoints: dict[str, Path]) -> None:
+    result = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "70")
+    assert result.exit_code == 0
+    assert "more than the 64 positions" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere", "-p", "a"], "./nowhere: no such folder"),
+        (["no-such/model", "-p", "a"], "no-such/model: cannot be loaded: "),
+        (["LUCID"], "give either --prompt or --file"),
+        (["LUCID", "-p", "a", "-f", "b"], "give either --prompt or --file"),
+        (["LUCID", "-p", "  "], "--prompt: is empty"),
+        (["LUCID", "-f", "missing.txt"], "--file missing.txt: No such file"),
+        (["LUCID", "-p", "a", "-n", "0"], "--new-tokens: expected 1 or more"),
+        (["LUCID", "-p", "a", "-t", "-1"], "--temperature: expected 0 or more"),
+        (["LUCID", "-p", "a", "--top-k", "5"], "give a --temperature as well"),
+        (["LUCID", "-p", "a", "-t", "1", "--top-p", "2"], r"--top-p: expected a number in (0, 1]"),
+        (["LUCID", "-p", "a", "--cache", "paged"], "--cache: expected one of dynamic, static"),
+        (["LUCID", "-p", "a", "--dtype", "int8"], "--dtype: expected one of auto"),
+        (["LUCID", "-p", "a", "--device", "tpu:0"], ": "),
+        (["LUCID", "-p", "a", "--strength", "2"], "strength"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = lucid(*[str(checkpoints["lucid"]) if x == "LUCID" else x for x in arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("lucid generate: ") and message in last
+
+
+def test_binary_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(b"\x80\x81")
+    with pytest.raises(GenerateError, match="is not UTF-8 text"):
+        read_prompt(None, path)
+
+
+def test_rate_is_by_the_median_interval() -> None:
+    summary = Summary("model", 5, [0.0, 1.0, 9.0, 9.5, 10.0, 10.5])
+    assert (summary.new_tokens, summary.first_token_seconds) == (5, 1.0)
+    assert summary.tokens_per_second == pytest.approx(2.0)  # the 8 seconds were compiling
+    assert "tokens/s" not in str(Summary("model", 5, [0.0, 1.0]))
+    assert Settings().temperature == 0.0
+
+
+def test_ctrl_c_keeps_what_is_there(checkpoints: dict[str, Path]) -> None:
+    """A real interrupt of a real process, once text has come."""
+    config = checkpoints["lucid"] / "config.json"
+    assert json.loads(config.read_text())["model_type"] == "lucid_llama"
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from lucid_attention.cli import main; main()", "generate", str(checkpoints["lucid"]), "-p", PROMPT, "-n", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+    )  # fmt: skip
+    assert child.stdout is not None
+    first = child.stdout.read(1)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert first
+    assert b"interrupted" in err.splitlines()[-1]
+    assert out
