@@ -85,7 +85,7 @@ def filled(model: Any, batch: int, context: int, lucid: bool) -> Any:
         layer.keys.copy_(first.keys.expand_as(layer.keys))
         layer.values.copy_(first.values.expand_as(layer.values))
         layer.cumulative_length.copy_(first.cumulative_length)
-        if lucid:
+        if lucid and layer.y_scale is not None:
             layer.y_scale.copy_(first.y_scale.expand_as(layer.y_scale))
     return cache
 
@@ -98,15 +98,18 @@ def step_of(model: Any, batch: int, context: int, lucid: bool) -> Any:
     mask = torch.ones(batch, context, dtype=torch.int64, device=model.device)
     kept = [layer.cumulative_length.clone() for layer in cache.layers]
 
-    def step() -> None:
+    def step() -> Tensor:
         for layer, length in zip(cache.layers, kept, strict=True):
             layer.cumulative_length.copy_(length)
-        model(ids, position_ids=position, attention_mask=mask, past_key_values=cache)
+        logits: Tensor = model(
+            ids, position_ids=position, attention_mask=mask, past_key_values=cache
+        ).logits
+        return logits
 
     replay = captured(step)
 
-    def again(kept: object = step) -> None:
-        replay()  # of what the step holds: the graph keeps none of it alive
+    def again(alive: object = step) -> object:
+        return replay()  # what the step holds: a graph keeps none of it alive
 
     return again
 

@@ -225,10 +225,7 @@ def _cached(
     pending = layer.pending
     assert pending is not None
     length = query.shape[2]
-    graph = torch.compiler.is_compiling() or (
-        query.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-    if not context.padding_checked and not graph:
+    if not context.padding_checked and not is_in_a_graph(query):
         layer.check_padding(real)
         context.padding_checked = True
     if _is_one_pass(layer, lucid, query, softmax):
@@ -316,6 +313,13 @@ def _one_pass(
     )
     layer.commit(None)
     return output
+
+
+def is_in_a_graph(tensor: Tensor) -> bool:
+    """Whether this pass is being compiled or captured, so that the host can read nothing."""
+    return torch.compiler.is_compiling() or (
+        tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

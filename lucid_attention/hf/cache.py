@@ -94,6 +94,11 @@ class LucidLayer:
                     f"value width) = {expected}, as the cache holds, got {got}; the cache belongs "
                     "to another model or batch; start with a new cache"
                 )
+            if self.keys.dtype != key.dtype:
+                raise ValueError(
+                    f"past_key_values: expected keys of the cache's dtype, {self.keys.dtype}, got {key.dtype}: "
+                    "the model was cast after it filled this cache; start with a new cache"
+                )
         self.armed = False
 
     def stored_dtype(self, value: Tensor) -> torch.dtype:
@@ -463,6 +468,23 @@ def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> Non
                 "quantise the raw values before these can be preconditioned; use the default "
                 "(dynamic) or the static cache"
             )
+
+
+def check_room(cache: Cache, length: int) -> None:
+    """Raises ValueError if the static LUCID layers of `cache` have no room for `length` more tokens.
+
+    It reads one number from the device; layers are as full as the first of them.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, LucidStaticLayer) and layer.is_initialized:
+            cached = int(layer.cumulative_length)
+            if cached + length > layer.max_cache_len:
+                raise ValueError(
+                    f"past_key_values: the static cache is full: it holds {cached} of {layer.max_cache_len} tokens, "
+                    f"and {length} more came. Nothing was written; continue with a larger one "
+                    "(StaticCache(config, max_cache_len=...)) or a growing one (LucidCache)"
+                )
+            return
 
 
 def disarm(cache: Cache) -> None:

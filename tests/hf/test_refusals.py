@@ -272,6 +272,34 @@ def test_a_cache_of_another_model(build, ids):
         model(ids[:1, :1], past_key_values=filled())  # another batch
 
 
+@torch.no_grad()
+def test_a_full_static_cache(build, ids):
+    """Nothing is written and nothing is lost: a larger cache goes on from where this one ended."""
+    model = enable(build("Llama"))
+    expected = model(ids, use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=12)
+    model(ids[:, :10], past_key_values=cache)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match=r"static cache is full: it holds 10 of 12 tokens, and 3"):
+        model(ids[:, 10:13], past_key_values=cache)
+    for layer, was in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, was) and int(layer.cumulative_length) == 10
+    logits = model(ids[:, 10:12], past_key_values=cache).logits  # what fits still does
+    torch.testing.assert_close(logits, expected[:, 10:12], rtol=1e-4, atol=3e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_of_another_dtype(kind, build, ids):
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config)
+    if kind == "static":
+        cache = StaticCache(model.config, max_cache_len=24)
+    model(ids[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cache's dtype, torch.float32, got torch.bfloat16"):
+        model.bfloat16()(ids[:, 10:], past_key_values=cache)
+
+
 def test_an_interrupted_cache(build, ids):
     model = enable(build("Llama"))
     cache = model(ids, use_cache=True).past_key_values
