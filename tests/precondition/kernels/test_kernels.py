@@ -397,5 +397,5 @@ def test_opcheck(optional: bool, device: str) -> None:
             make_keys("cos0.8", 2, 2, 7, 6, dtype=torch.float32, device=device).requires_grad_(),
             torch.randn(2, 2, 7, 4, device=device, requires_grad=True),
         )
-    args = (key, value, *extra, 0.4, "triton")
+    args = (key, value, *extra, 0.4, "triton", torch.float32)
     torch.library.opcheck(operators.precondition.overload, args, test_utils=checks)
