@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 from lucid_attention.hf import enable
@@ -60,6 +61,8 @@ class Settings:
             raise GenerateError(
                 "--top-k and --top-p say what to draw from: give a --temperature as well"
             )
+        if not 0 <= self.seed < 2**32:
+            raise GenerateError(f"--seed: expected 0 to 2^32 - 1, got {self.seed}")
         if self.cache not in CACHES:
             raise GenerateError(f"--cache: expected one of {', '.join(CACHES)}, got {self.cache!r}")
 
@@ -159,10 +162,12 @@ def load(
         raise GenerateError(f"{name}: no such folder")
     source = str(path) if path.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "meta":
+        raise GenerateError("--device: expected a device that computes, got meta")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise GenerateError(f"{name}: cannot be loaded: {first}") from None
     try:
@@ -177,7 +182,7 @@ def load(
 def describe(model: Any) -> str:
     """The model's class, its LUCID layers, dtype and device."""
     lucid = getattr(model.config, "lucid", None)
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     kind = "softmax attention"
     if isinstance(lucid, dict):
         kind = f"LUCID in {len(lucid['layers'])} of {layers} layers"
@@ -192,14 +197,19 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
         A `Summary`, whose text is a line for the user.
 
     Raises:
-        GenerateError: the prompt has no tokens, or is longer than a static cache or the model takes.
+        GenerateError: the prompt has no tokens, there is no GPU to offload from, or the model does not go on beyond
+            the positions it was made for.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise GenerateError("the prompt has no tokens")
-    most = getattr(model.config, "max_position_embeddings", None)
+    if settings.cache == "offloaded" and model.device.type != "cuda":
+        raise GenerateError(
+            f"--cache: offloaded moves the cache off a CUDA device, and the model is on {model.device}"
+        )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and length + settings.new_tokens > most:
         print(
             f"lucid generate: {length} prompt and {settings.new_tokens} new tokens are more than the {most} "
@@ -208,8 +218,9 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
         )
     summary = Summary(describe(model), length)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    how["num_beams"] = 1  # nothing can be shown before a beam search ends
     if settings.temperature > 0:
-        how = {"do_sample": True, "temperature": settings.temperature}
+        how |= {"do_sample": True, "temperature": settings.temperature}
         how |= {"top_k": settings.top_k or 0, "top_p": settings.top_p or 1.0}
     if settings.cache != "dynamic":
         how["cache_implementation"] = settings.cache
@@ -223,6 +234,13 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
     except KeyboardInterrupt:
         streamer.end()
         summary.interrupted = True
+    except IndexError:
+        if most is None or length + settings.new_tokens <= most:
+            raise
+        raise GenerateError(
+            f"the model does not go beyond its {most} positions ({length} prompt tokens, {settings.new_tokens} new "
+            "ones asked for)"
+        ) from None
     # The first thing that a streamer is given is the prompt.
     del summary.times[1:2]
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,12 @@ def test_more_than_the_positions_is_said(checkpoints: dict[str, Path]) -> None:
         (["LUCID", "-p", "a", "--cache", "paged"], "--cache: expected one of dynamic, static"),
         (["LUCID", "-p", "a", "--dtype", "int8"], "--dtype: expected one of auto"),
         (["LUCID", "-p", "a", "--device", "tpu:0"], ": "),
+        (["LUCID", "-p", "a", "--device", "meta"], "--device: expected a device that computes"),
+        (
+            ["LUCID", "-p", "a", "--cache", "offloaded", "--device", "cpu"],
+            "--cache: offloaded moves",
+        ),
+        (["LUCID", "-p", "a", "--seed", "4294967296"], "--seed: expected 0 to 2^32 - 1"),
         (["LUCID", "-p", "a", "--strength", "2"], "strength"),
     ],
 )
@@ -148,6 +155,39 @@ def test_bad_input_is_one_line(
     assert result.stdout == ""
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("lucid generate: ") and message in last
+
+
+def test_corrupt_weights_are_one_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "corrupt"
+    shutil.copytree(checkpoints["lucid"], folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    result = lucid(str(folder), "-p", PROMPT)
+    assert result.exit_code == 2
+    assert "cannot be loaded" in result.stderr.strip().splitlines()[-1]
+
+
+def test_beams_in_a_checkpoint_do_not_matter(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "beams"
+    shutil.copytree(checkpoints["lucid"], folder)
+    (folder / "generation_config.json").write_text('{"num_beams": 3}')
+    expected = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "5")
+    assert lucid(str(folder), "-p", PROMPT, "-n", "5").stdout == expected.stdout
+
+
+def test_a_model_of_learned_positions_ends_with_them(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoints["lucid"])
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1, eos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = lucid(str(tmp_path), "-p", PROMPT, "-n", "40")
+    assert result.exit_code == 2
+    assert "does not go beyond its 16 positions" in result.stderr.strip().splitlines()[-1]
 
 
 def test_binary_files_are_refused(tmp_path: Path) -> None:

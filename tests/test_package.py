@@ -81,7 +81,10 @@ def snippets(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "lucid_attention/precondition/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "lucid_attention/precondition/README.md", "lucid_attention/decode/README.md"],
+)
 def test_snippets_run(page: str) -> None:
     found = snippets(page)
     assert found

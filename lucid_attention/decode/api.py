@@ -89,8 +89,9 @@ def lucid_attention_with_kvcache(
             ``"reference"``: the same with the dense solve. A named choice never falls back.
 
     Returns:
-        ``(batch, heads, tokens, value_dim)``, query's dtype. If the new tokens do not fit and ``cache_seqlens``
-        could not be read on the host (a tensor on a GPU), that row's output is NaN and its cache is unchanged.
+        ``(batch, heads, tokens, value_dim)``, query's dtype. If the new tokens do not fit, or a length is negative,
+        and ``cache_seqlens`` could not be read on the host (a tensor on a GPU), that row's output is NaN and its
+        cache is unchanged.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -117,7 +118,7 @@ def lucid_attention_with_kvcache(
     check_key_value(key, value)
     check_query(query, key)
     check_caches(key_cache, y_cache, key, value, block_table)
-    check_no_gradient(query, key, value, strength, sinks)
+    check_no_gradient(query, key, value, key_cache, y_cache, y_scale, strength, sinks)
     check_block_table(block_table, key)
     batch, heads, tokens, width = key.shape
     scale = resolve_scale("scale", scale, width, positive=False)
@@ -134,16 +135,19 @@ def lucid_attention_with_kvcache(
         )
         check_key_mask(key_mask, batch, keys, key.device)
         capacity = min(capacity, keys)
-    check_room(cache_seqlens, tokens, capacity, block_table, key_cache)
-    lengths = resolve_lengths(cache_seqlens, key)
     check_sinks(sinks, query)
+    softcap = resolve_softcap(softcap)
+    lengths = resolve_lengths(cache_seqlens, key)
+    check_room(cache_seqlens, tokens, capacity, block_table, key_cache)
+    if batch * heads * tokens == 0:
+        return query.new_empty((*query.shape[:3], value.shape[-1]))
     if workspace is None:
         workspace = decode_workspace(batch, heads, key.device)
     elif not torch.compiler.is_compiling():
         check_workspace(workspace, counters_needed(batch, heads, key.device), key)
     output: Tensor = with_kvcache(
         query, key, value, key_cache, y_cache, lengths, workspace, y_scale, key_mask, block_table,
-        resolved, sinks, scale, kernel_scale, resolve_softcap(softcap), impl,
+        resolved, sinks, scale, kernel_scale, softcap, impl,
     )  # fmt: skip
     return output
 

@@ -2,7 +2,7 @@
 
 * The loading warp copies tiles of 64 cached rows by TMA into two rings of shared memory, as far ahead as they
   reach: reading at the memory's rate takes some 100 KiB on their way to each multiprocessor at all times.
-* The two groups take the tiles in turn. A tile's products have the cached rows on the tensor core's long side,
+* The two groups take the tiles in turn, whatever head they belong to. A tile's products have the cached rows on the tensor core's long side,
   ``K X^T`` and ``Y^T P``, so that the few rows of X are the short side and little is computed for nothing.
   The keys go through registers, where their norms are taken as well.
 * At the end of a head's tiles group 0 adds what group 1 has, and finishes as ``kernel.py`` does.
@@ -64,7 +64,8 @@ def _long(x):
 
 @gluon.jit
 def _clamped(length, capacity):
-    return gl.minimum(gl.maximum(length, 0), capacity).to(gl.int32)
+    """Lengths within the cache: a wrong one must not read beyond it; a negative one is as a full cache."""
+    return gl.where(length < 0, capacity, gl.minimum(length, capacity)).to(gl.int32)
 
 
 @gluon.jit
@@ -236,7 +237,8 @@ def _compute(
         weights = gl.zeros([TILE, ROWS], gl.float32, product)
         acc = gl.zeros([E, ROWS], gl.float32, product)
         nothing = gl.zeros([TILE, ROWS], gl.float32, product)
-        for i in range(tile - first + GROUP, stop - first, 2):
+        # By the count of all tiles so far: a place in the rings stays with one group.
+        for i in range(tile - first + ((count & 1) ^ GROUP), stop - first, 2):
             at = count + i - (tile - first)
             slot = at % STAGES
             turn = (at // STAGES) & 1
@@ -542,8 +544,9 @@ def hopper_decode_kernel(
     EACH: gl.constexpr, TILE: gl.constexpr, BATCH: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``programs``, best one for each multiprocessor."""
-    # A place in the rings belongs to one group: a barrier's parity cannot tell a phase from the one after next.
-    gl.static_assert(STAGES % 2 == 0)
+    # A place in the rings belongs to one group, every second one to each: a barrier's parity cannot tell a phase from
+    # the one after next, and a group that waited for a place that the other uses could take one for the other.
+    gl.static_assert(STAGES % 2 == 0 and STAGES >= 2)
     key_ring = gl.allocate_shared_memory(KeyTiles.dtype, [STAGES, 1, 1, TILE, D], KeyTiles.layout)
     y_ring = gl.allocate_shared_memory(YTiles.dtype, [STAGES, 1, 1, TILE, E], YTiles.layout)
     x_smem = gl.allocate_shared_memory(
@@ -633,15 +636,15 @@ def columns_of(width: int) -> int:
 
 
 def tile_for(rows: int, d: int, e: int, page: int) -> tuple[int, int]:
-    """Rows of a tile and stages of the rings."""
+    """Rows of a tile and stages of the rings; 0 stages if they do not fit into shared memory."""
     tile = LARGE if d + e <= 128 and page % LARGE == 0 else SMALL
     fixed = 2 * rows * d * 2 + 2 * tile * rows * 2 + rows * (e + 18) * 4 + 2048
     stages = min(8, (_SHARED - fixed) // (tile * (d + e) * 2))
     return tile, stages // 2 * 2
 
 
-def serves(key_cache: Tensor, y_cache: Tensor, paged: bool) -> bool:
-    """Whether TMA can copy these caches' tiles."""
+def serves(key_cache: Tensor, y_cache: Tensor, rows: int, page: int) -> bool:
+    """Whether TMA can copy these caches' tiles, and shared memory hold two of each beside ``rows`` of X."""
     for cache in (key_cache, y_cache):
         if cache.dtype not in (torch.float16, torch.bfloat16) or cache.data_ptr() % 16:
             return False
@@ -649,4 +652,8 @@ def serves(key_cache: Tensor, y_cache: Tensor, paged: bool) -> bool:
             return False
         if cache.numel() == 0:
             return False
-    return not paged or key_cache.shape[2] % SMALL == 0
+    if page % SMALL:
+        return False
+    return (
+        tile_for(rows, columns_of(key_cache.shape[-1]), columns_of(y_cache.shape[-1]), page)[1] > 0
+    )

@@ -85,9 +85,9 @@ def _exponents(x1, x2, k1, k2, factor, is_key, scale, softcap, width, shift, eps
 
 @triton.jit
 def _length(pointers, capacity, exists):
-    """Lengths as given, within the cache: a wrong one must not read beyond it."""
+    """Lengths within the cache: a wrong one must not read beyond it; a negative one is as a full cache."""
     length = tl.load(pointers, mask=exists, other=0)
-    return tl.minimum(tl.maximum(length, 0), capacity).to(tl.int32)
+    return tl.where(length < 0, capacity, tl.minimum(length, capacity)).to(tl.int32)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def decode_kernel(
     row = tl.arange(0, ROWS)
     is_query = row < QUERIES
     is_key = (row >= QUERIES) & (row < QUERIES + C)
-    of_token = tl.where(is_query, row % C, row - QUERIES)
+    of_token = tl.where(is_query, row % C, row - QUERIES).to(tl.int64)
     shift = kernel_scale * LOG2_E * width
 
     index = tl.arange(0, BATCH)

@@ -32,6 +32,8 @@ def why_not_fused(
 def why_not_this_many(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why new tokens are too many for the kernels, or None; from shapes alone, so that it can be traced."""
     tokens = key.shape[2]
+    if query.shape[1] == 0:
+        return "there are no query heads"
     if tokens > MOST_TOKENS:
         return f"the kernels take up to {MOST_TOKENS} new tokens at once, got {tokens}"
     used = (query.shape[1] // max(key.shape[1], 1) + 1) * tokens
@@ -107,11 +109,7 @@ def decode(
         return torch.empty(size, dtype=torch.float32, device=query.device)
 
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        if (
-            query.is_cuda
-            and _is_hopper(query.device)
-            and hopper_serves(key_cache, y_cache, page > 0)
-        ):
+        if is_hoppers(key_cache, y_cache, rows, page):
             from . import hopper
 
             d, e = hopper.columns_of(width), hopper.columns_of(value_width)
@@ -139,15 +137,18 @@ def decode(
     return out
 
 
+def is_hoppers(key_cache: Tensor, y_cache: Tensor, rows: int, page: int) -> bool:
+    """Whether Hopper's kernel takes these caches, with ``rows`` of X and pages of ``page`` rows (0: none)."""
+    if not key_cache.is_cuda or not _is_hopper(key_cache.device):
+        return False
+    from . import hopper
+
+    return hopper.serves(key_cache, y_cache, rows, page)
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def hopper_serves(key_cache: Tensor, y_cache: Tensor, paged: bool) -> bool:
-    from . import hopper
-
-    return hopper.serves(key_cache, y_cache, paged)
 
 
 @functools.cache

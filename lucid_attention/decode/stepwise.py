@@ -41,7 +41,8 @@ def attend(
     capacity = keys.shape[2] if key_mask is None else min(keys.shape[2], key_mask.shape[1])
     keys, ys = keys[:, :, :capacity], ys[:, :, :capacity]
     # As in the kernels, a wrong length neither reads nor writes beyond the cache.
-    length = cache_seqlens.long().clamp(0, capacity).expand(batch)[:, None]
+    length = cache_seqlens.long()
+    length = torch.where(length < 0, capacity, length.clamp(max=capacity)).expand(batch)[:, None]
     fits = length + tokens <= capacity
     place = length + torch.arange(tokens, device=key.device)
     column = torch.arange(capacity, device=key.device)
@@ -69,7 +70,7 @@ def attend(
     stored = (solved.to(dtype) / unit).to(y_cache.dtype)
     _write(key_cache, key, place, fits, block_table)
     _write(y_cache, stored, place, fits, block_table)
-    if capacity == 0 or tokens == 0:
+    if capacity == 0 or query.numel() == 0:
         return query.new_full((*query.shape[:3], value.shape[-1]), float("nan"))
     output = _softmax(query, key, solved, *past, seen, new_mask, sinks, scale, softcap, dtype)
     return torch.where(fits[:, None, :, None], output, float("nan")).to(query.dtype)

@@ -39,7 +39,7 @@ def check_caches(
                 f"{tuple(key.shape)}, value {tuple(value.shape)}). The cache belongs to another model or batch, or "
                 f"is paged and lacks its block_table."
             )
-        if cache.shape[2] > 1 and cache.stride(-1) != 1 and width > 1:
+        if cache.stride(-1) != 1 and width > 1:
             raise ValueError(
                 f"{name} must be contiguous in its last dimension, got strides {cache.stride()}: it is written in "
                 f"place."
@@ -130,10 +130,6 @@ def check_room(
         if cache_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
             return
         lengths = [int(n) for n in cache_seqlens.flatten().tolist()]
-    elif isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
-        raise TypeError(
-            f"cache_seqlens must be an int or an integer tensor, got {kind(cache_seqlens)}."
-        )
     else:
         lengths = [cache_seqlens]
     for length in lengths:
@@ -157,6 +153,12 @@ def check_room(
 
 def resolve_lengths(cache_seqlens: int | Tensor, key: Tensor) -> Tensor:
     """Lengths as ``(1,)`` or ``(batch,)`` on key's device."""
+    if isinstance(cache_seqlens, bool) or not isinstance(
+        cache_seqlens, (int, torch.SymInt, Tensor)
+    ):
+        raise TypeError(
+            f"cache_seqlens must be an int or an integer tensor, got {kind(cache_seqlens)}."
+        )
     if not isinstance(cache_seqlens, Tensor):
         return torch.full((1,), cache_seqlens, dtype=torch.int32, device=key.device)
     if cache_seqlens.dtype not in (torch.int32, torch.int64):

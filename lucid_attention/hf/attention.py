@@ -48,7 +48,7 @@ class ForwardContext:
     `packing`, `masks`, `local_masks`: worked out by the first layer that needs them, then shared;
     masks by the id of the tensor they were made from, which is kept alive beside them.
     `padding_checked`: whether a layer has compared the mask with what its cache remembers. `starts`: numbers of
-    cached tokens, on the device.
+    cached tokens, on a device (a model's layers may be on several).
     """
 
     cache: Cache | None = None
@@ -59,7 +59,7 @@ class ForwardContext:
     masks: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
     local_masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     padding_checked: bool = False
-    starts: dict[int, Tensor] = field(default_factory=dict)
+    starts: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
 
 def lucid_attention_forward(
@@ -290,12 +290,12 @@ def _one_pass(
     if pending.position is not None:
         start = pending.position[:1]
     else:
-        length = pending.past.shape[2]
-        if length not in context.starts:
-            context.starts[length] = torch.full(
-                (1,), length, dtype=torch.int32, device=query.device
+        known = pending.past.shape[2], query.device
+        if known not in context.starts:
+            context.starts[known] = torch.full(
+                (1,), known[0], dtype=torch.int32, device=query.device
             )
-        start = context.starts[length]
+        start = context.starts[known]
     output = lucid_attention_with_kvcache(
         query,
         pending.key,

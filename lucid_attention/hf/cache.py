@@ -121,6 +121,8 @@ class LucidLayer:
         if not self.scaled:
             size = torch.where(preconditioned.isfinite(), preconditioned.abs(), 0.0)
             largest = size.flatten(2).amax(-1) if size.shape[2] else size.new_zeros(size.shape[:2])
+            # A row that is padding so far takes after the others.
+            largest = torch.where(largest > 0, largest, largest.amax(0, keepdim=True))
             exponent = torch.frexp(largest.float()).exponent.clamp(-100, 100) + 5
             scale = torch.where(largest > 0, torch.exp2(exponent.float()), 1.0)
             self.y_scale.copy_(scale)
@@ -210,12 +212,13 @@ class LucidLayer:
 class LucidDynamicLayer(LucidLayer, DynamicLayer):
     """A growing layer of `(K, Y)`; cropping, reordering, repeating are the base class's.
 
-    Where no gradient is wanted its tensors are the first rows of larger buffers, so that a decoding step writes
+    Outside autograd its tensors are the first rows of larger buffers, so that a decoding step writes
     its rows in place; stock layers copy the whole cache at every step. A tensor that was taken from the cache is
-    never changed: after anything but appending, the next rows go to new buffers.
+    never changed: rows go behind all that were ever written to a buffer (`filled`), or to a new one.
     """
 
     buffers: tuple[Tensor, Tensor] | None = None
+    filled = 0
 
     def __init__(self, y_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -240,25 +243,30 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         past = self.values
         if past.numel() == 0:
             past = past.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
+            if (
+                not torch.compiler.is_compiling()
+            ):  # it may have been another batch before it was cropped
+                self.initialize_scale(key_states, value_states)
         room = None
-        if not torch.compiler.is_compiling() and not (
-            torch.is_grad_enabled()
-            and any(x.requires_grad for x in (self.keys, past, key_states, value_states))
-        ):
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             length, new = past.shape[2], key_states.shape[2]
             room = self._room(key_states, past, length, new)
             room[0][:, :, length : length + new] = key_states
             keys = room[0][:, :, : length + new]
         else:
-            keys = torch.cat([self.keys, key_states], dim=-2)
-        self.buffers = room
+            keys = key_states
+            if self.keys.numel() > 0:
+                keys = torch.cat([self.keys, key_states], dim=-2)
+        self.buffers, self.filled = room, keys.shape[2]
         self.keys = keys
         self.pending = Pending(key_states, value_states, keys, past, None, room)
         return keys, value_states
 
     def _room(self, key: Tensor, past: Tensor, length: int, new: int) -> tuple[Tensor, Tensor]:
         """The present buffers if what is cached is their beginning and the new rows fit, or new ones."""
-        if self.buffers is not None and length + new <= self.buffers[0].shape[2]:
+        fits = self.buffers is not None and length + new <= self.buffers[0].shape[2]
+        if fits and length == self.filled:
+            assert self.buffers is not None
             usable = torch.is_inference_mode_enabled() or not self.buffers[0].is_inference()
             present = zip((self.keys, past), self.buffers, strict=True)
             if usable and all(
@@ -301,7 +309,6 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self.buffers = None
         self.known = min(self.known, self.keys.shape[-2]) if self.is_initialized else 0
         self.real = None if self.real is None else self.real[:, : self.known]
 
@@ -476,8 +483,8 @@ def check_room(cache: Cache, length: int) -> None:
     It reads one number from the device; layers are as full as the first of them.
     """
     for layer in cache.layers:
-        if isinstance(layer, LucidStaticLayer) and layer.is_initialized:
-            cached = int(layer.cumulative_length)
+        if isinstance(layer, LucidStaticLayer):
+            cached = int(layer.cumulative_length) if layer.is_initialized else 0
             if cached + length > layer.max_cache_len:
                 raise ValueError(
                     f"past_key_values: the static cache is full: it holds {cached} of {layer.max_cache_len} tokens, "

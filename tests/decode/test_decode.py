@@ -203,10 +203,9 @@ def test_a_full_cache_that_the_host_cannot_see(impl: str, device: str, monkeypat
         before = step.key_cache.clone(), step.y_cache.clone()
         got = step.run(impl)
         assert relative_error(got[:1].cpu(), output[:1]) < 1e-3
-        if lengths[1] > 0:
-            assert bool(got[1].isnan().all())
-            for was, now in zip(before, (step.key_cache, step.y_cache), strict=True):
-                assert torch.equal(was[1].nan_to_num(9.0), now[1].nan_to_num(9.0))
+        assert bool(got[1].isnan().all())
+        for was, now in zip(before, (step.key_cache, step.y_cache), strict=True):
+            assert torch.equal(was[1].nan_to_num(9.0), now[1].nan_to_num(9.0))
 
 
 def test_softmax_at_strength_0(device: str) -> None:
@@ -222,11 +221,33 @@ def test_softmax_at_strength_0(device: str) -> None:
 
 
 def test_no_tokens_and_no_batch() -> None:
-    for batch, tokens in ((2, 0), (0, 1)):
-        new = torch.zeros(batch, 2, tokens, 16)
-        cache = torch.zeros(batch, 2, 8, 16)
+    for batch, heads, tokens in ((2, 2, 0), (0, 2, 1), (2, 0, 1)):
+        new = torch.zeros(batch, heads, tokens, 16)
+        cache = torch.zeros(batch, heads, 8, 16)
         out = lucid_attention_with_kvcache(new, new, new, cache, cache.clone(), 3)
         assert out.shape == new.shape
+
+
+def test_without_queries_it_only_appends() -> None:
+    step = Step(Case((20, 7)))
+    _, new = step.expected()
+    step.query = step.query[:, :0]
+    assert step.run("auto").shape == (2, 0, 1, 32)
+    assert relative_error(step.added()[1], new) < 1e-3
+
+
+def test_tokens_far_apart_in_memory() -> None:
+    """Strides times tokens beyond 2^31: nothing of it is touched but the tokens."""
+    step, twin = (Step(Case((9,), kv_heads=1, group=1, tokens=16, width=16, value_width=16)) for _ in range(2))  # fmt: skip
+    stride = (1 << 31) // 15 + 8
+    for name in ("query", "key", "value"):
+        x = getattr(step, name)
+        # Memory that is reserved and, but for the tokens, never touched.
+        storage = torch.UntypedStorage(2 * (15 * stride + 16))
+        far = torch.tensor([], dtype=x.dtype).set_(storage, 0, x.shape, (stride, stride, stride, 1))
+        far.copy_(x)
+        setattr(step, name, far)
+    assert torch.equal(step.run("triton" if not torch.cuda.is_available() else "blocked"), twin.run("triton" if not torch.cuda.is_available() else "blocked"))  # fmt: skip
 
 
 def test_scale_and_kernel_scale() -> None:

@@ -49,9 +49,35 @@ def test_hoppers_own_kernel(case: Case, tokens: int) -> None:
         case = replace(case, lengths=(case.lengths[0],) * 2)
     step = Step(replace(case, tokens=tokens, capacity=0), "cuda")
     if torch.cuda.get_device_capability() == (9, 0):
-        assert launch.hopper_serves(step.key_cache, step.y_cache, case.page > 0)
+        used = (case.group + 1) * tokens
+        rows = max(16, 1 << (used - 1).bit_length())
+        assert launch.is_hoppers(step.key_cache, step.y_cache, rows, case.page)
     if launch.why_not_this_many(step.query, step.key, step.value) is None:
         check(step, "triton")
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("lengths", [(190,) * 32, (64, 190, 320, 0, 1, 500) * 5], ids=["one length", "ragged"])  # fmt: skip
+def test_heads_with_odd_numbers_of_tiles(width: int, lengths: tuple[int, ...]) -> None:
+    """A program goes from head to head; with two tiles of each ring (D 256) its groups must not mix them up."""
+    case = Case(lengths, kv_heads=8, group=1, width=width, value_width=width, uniform=len(set(lengths)) == 1)  # fmt: skip
+    step = Step(case, "cuda")
+    output, new = step.expected()
+    rest = step.key_cache.clone(), step.y_cache.clone()
+    for _ in range(300):
+        step.key_cache.copy_(rest[0])
+        step.y_cache.copy_(rest[1])
+        got = step.run("triton")
+        assert relative_error(got.cpu(), output) < 1.5e-3
+    assert relative_error(step.added()[1].cpu(), new) < 1e-3
+
+
+def test_what_hoppers_kernel_has_no_room_for() -> None:
+    """Wide heads and many rows of X: the portable kernel serves them."""
+    case = Case((300, 20), kv_heads=2, group=8, tokens=4, width=192, value_width=192)
+    step = Step(case, "cuda")
+    assert not launch.is_hoppers(step.key_cache, step.y_cache, 64, 0)
+    check(step, "triton" if launch.why_not_this_many(step.query, step.key, step.value) is None else "auto")  # fmt: skip
 
 
 def test_many_parts_are_added_in_two_steps() -> None:

@@ -21,12 +21,12 @@ def arguments(**changes: Any) -> dict[str, Any]:
         "y_cache": torch.zeros(2, 2, 10, 6),
         "cache_seqlens": 3,
     }
-    clean = {
-        name: x.clone()
-        if isinstance(x, Tensor) and name.endswith("_cache") and not x.requires_grad
-        else x
-        for name, x in changes.items()
-    }
+
+    def copied(name: str, x: Any) -> Any:
+        fresh = isinstance(x, Tensor) and name.endswith("_cache") and x.is_contiguous()
+        return x.clone() if fresh and not x.requires_grad else x
+
+    clean = {name: copied(name, x) for name, x in changes.items()}
     return {**good, **clean}
 
 
@@ -57,6 +57,10 @@ def test_the_good_call_works() -> None:
         ({"key_cache": torch.zeros(2, 2, 10, 8, dtype=half)}, TypeError, "key_cache must have key's dtype"),
         ({"y_cache": torch.zeros(2, 2, 10, 6, dtype=torch.int32)}, TypeError, "y_cache must be float16"),
         ({"y_cache": torch.zeros(2, 2, 6, 10).mT}, ValueError, "contiguous in its last dimension"),
+        ({"key_cache": torch.zeros(2, 2, 1, 16)[..., ::2], "y_cache": torch.zeros(2, 2, 1, 6), "cache_seqlens": 0}, ValueError, "contiguous in its last dimension"),
+        ({"key_cache": torch.zeros(2, 2, 10, 8, requires_grad=True)}, ValueError, "has no gradient"),
+        ({"y_scale": torch.ones(2, 2, requires_grad=True)}, ValueError, "has no gradient"),
+        ({**PAGED, "cache_seqlens": torch.tensor([1, 2, 3])}, ValueError, "cache_seqlens must have shape"),
         ({"key_cache": torch.zeros(2, 2, 10, 8, device="meta")}, ValueError, "key_cache must be on key's device"),
         ({"cache_seqlens": 3.0}, TypeError, "cache_seqlens must be an int"),
         ({"cache_seqlens": True}, TypeError, "cache_seqlens must be an int"),

@@ -341,3 +341,78 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(build, ids):
         model(ids[:, 11:14], past_key_values=cache)
     actual = model(ids[:, 14:], past_key_values=cache).logits[:, -1]  # with gradients
     torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_branches_from_one_cache(build, ids):
+    """The tensors of a cache are put back, and another continuation follows: the first one's rows are not overwritten."""
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config)
+    model(ids[:, :10], past_key_values=cache)
+    model(ids[:, 10:11], past_key_values=cache)  # buffers with room
+
+    def taken():
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def put_back(tensors):
+        for layer, (keys, values) in zip(cache.layers, tensors, strict=True):
+            layer.keys, layer.values = keys, values
+
+    base = taken()
+    model(ids[:, 11:12], past_key_values=cache)
+    first = taken()
+    put_back(base)
+    model(ids[:, 3:4], past_key_values=cache)
+    put_back(first)
+    actual = model(ids[:, 12:13], past_key_values=cache).logits
+    expected = model(ids[:, :13], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def test_gradients_of_the_query_alone_through_a_cache(build, ids):
+    """As in a LoRA of the first layer's queries: nothing else needs a gradient, and nothing saved is overwritten."""
+    model = enable(build("Llama", num_hidden_layers=1)).requires_grad_(False)
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    cache, total = LucidCache(model.config), 0.0
+    for part in ids.split([8, 1, 1, 9], dim=1):
+        total = total + model(part, past_key_values=cache).logits.square().sum()
+    (actual,) = torch.autograd.grad(total, weight)
+    loss = model(ids, use_cache=False).logits.square().sum()
+    (expected,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cache_cropped_to_nothing_takes_another_batch(build, ids):
+    model = enable(build("Llama")).bfloat16()
+    cache = LucidCache(model.config)
+    model(ids.repeat(2, 1)[:3, :10], past_key_values=cache)
+    cache.crop(-10)
+    model(ids[:1, :10], past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.y_scale.shape == (1, 2)
+    fresh = LucidCache(model.config)
+    model(ids[:1, :10], past_key_values=fresh)
+    assert torch.equal(layer.values, fresh.layers[0].values)
+
+
+@torch.no_grad()
+def test_a_row_that_begins_with_a_chunk_of_padding(build, ids):
+    """Its scale takes after the other rows', so that its small values do not lose bits in float16."""
+    model = enable(build("Llama", num_hidden_layers=1)).bfloat16()
+    model.model.layers[0].self_attn.v_proj.weight.mul_(2.0**-20)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = LucidCache(model.config)
+    for start, end in ((0, 6), (6, 19)):
+        model(
+            ids[:, start:end], attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end], past_key_values=cache,
+        )  # fmt: skip
+    layer = cache.layers[0]
+    alone = LucidCache(model.config, y_dtype=torch.float32)
+    model(ids[:1, 6:], past_key_values=alone)
+    got = layer.in_full(layer.values)[:1, :, 6:]
+    expected = alone.layers[0].values
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-3

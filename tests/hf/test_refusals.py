@@ -284,6 +284,8 @@ def test_a_full_static_cache(build, ids):
         model(ids[:, 10:13], past_key_values=cache)
     for layer, was in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, was) and int(layer.cumulative_length) == 10
+    with pytest.raises(ValueError, match=r"static cache is full: it holds 0 of 12 tokens, and 19"):
+        model(ids, past_key_values=StaticCache(model.config, max_cache_len=12))
     logits = model(ids[:, 10:12], past_key_values=cache).logits  # what fits still does
     torch.testing.assert_close(logits, expected[:, 10:12], rtol=1e-4, atol=3e-4)
 
