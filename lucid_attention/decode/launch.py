@@ -67,8 +67,9 @@ def decode(
     kernel_scale: float,
     softcap: float,
     counters: Tensor,
+    interpreted: bool | None = None,
 ) -> Tensor:
-    """The output; the caches are written in place."""
+    """The output; the caches are written in place. ``interpreted``: by Triton's interpreter; None: off a GPU."""
     from .kernel import decode_kernel
 
     batch, query_heads, tokens, width = query.shape
@@ -132,7 +133,7 @@ def decode(
             *operands, parts(programs, rows), counters, *strides, 1 if ragged else 0, *numbers,
             **common, D1=d1, D2=d2, E1=e1, E2=e2, M=tile, PROGRAMS=_power(programs), STAGES=stages,
             K_PRECISION="tf32x3" if exact_key else "tf32", Y_PRECISION="tf32x3" if exact_y else "tf32",
-            INTERPRET=not query.is_cuda, num_warps=warps,
+            INTERPRET=not query.is_cuda if interpreted is None else interpreted, num_warps=warps,
         )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,11 @@ def worker(rank: int, directory: str) -> None:
     results.append(gradients(model, mine))
     if rank == 0:
         torch.save(results, f"{directory}/gradients.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # On a busy machine one run in 14 aborted in destructors after this (threads of torch's or gloo's, torch
+    # 2.13), with its work done; what the test is about has been written.
+    os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch with gloo")

@@ -3,7 +3,7 @@
     python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true, false]]'
 
 takes (head size, value size, length, Hopper's own kernels or the portable ones, and which of the former's two
-schedules: as for many blocks or for few) and prints, for each
+schedules: as for many blocks or for few), or "decode" and `compile_decode`'s arguments, and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, and whether the assembler gave
 up on running products beside other work. A program of its own: Triton's driver is one to a process.
 """
@@ -175,6 +175,31 @@ def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool
         launch.adjoint_dense(value, key, value, strength, None, *before, width**-0.5)
 
 
+def compile_decode(
+    width: int, value_width: int, group: int, tokens: int, page: int, ragged: bool, hopper: bool
+) -> None:
+    """The decode kernel of one call, with everything optional."""
+    from lucid_attention.decode import launch
+
+    launch.multiprocessors = launch.slots = lambda device: 132  # type: ignore[assignment]
+    serves = importlib.import_module("lucid_attention.decode.hopper").serves
+    launch.is_hoppers = lambda *caches: hopper and serves(*caches)
+    batch, heads, rows = 3, 2, 1024
+    new = [
+        torch.zeros(batch, n, tokens, width, dtype=torch.bfloat16) for n in (heads * group, heads)
+    ]
+    value = torch.zeros(batch, heads, tokens, value_width, dtype=torch.bfloat16)
+    size = (40, heads, page) if page else (batch, heads, rows)
+    table = torch.zeros(batch, rows // page, dtype=torch.int32) if page else None
+    launch.decode(
+        *new, value, torch.zeros(*size, width, dtype=torch.bfloat16),
+        torch.zeros(*size, value_width, dtype=torch.float16),
+        torch.zeros(batch if ragged else 1, dtype=torch.int32), torch.ones(batch, heads),
+        torch.ones(batch, rows, dtype=torch.bool), table, torch.ones(heads), torch.ones(heads * group),
+        0.1, 0.1, 0.0, torch.zeros(1000, dtype=torch.int32), interpreted=False,
+    )  # fmt: skip
+
+
 def known_bad() -> None:
     """A build that Triton 3.6's assembler spoils: pieces that `plan.pieces` avoids since."""
     from lucid_attention.precondition.kernels.solve import solve_kernel
@@ -208,7 +233,12 @@ def main() -> None:
     report = []
     for job in json.loads(sys.argv[1]):
         COMPILED.clear()
-        known_bad() if job == "known bad" else compile_all(*job)
+        if job == "known bad":
+            known_bad()
+        elif job[0] == "decode":
+            compile_decode(*job[1:])
+        else:
+            compile_all(*job)
         for kernel in COMPILED:
             own = kernel.name.startswith("hopper")
             report.append(

@@ -54,6 +54,23 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     assert [line for line in found if line["spoiled"] or line["serialised"]] == []
 
 
+DECODE = [  # head size, value size, query heads a KV head, tokens, page, ragged
+    (64, 64, 8, 1, 0, False), (128, 128, 4, 1, 0, False), (128, 128, 4, 1, 64, True), (128, 64, 3, 4, 256, False),
+    (80, 112, 7, 2, 0, True), (256, 256, 1, 1, 0, True), (64, 64, 7, 8, 0, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_decode_kernels(hopper: bool) -> None:
+    found = report_of(*[["decode", *case, hopper] for case in DECODE])
+    assert len(found) == len(DECODE)
+    name = "hopper_decode_kernel" if hopper else "decode_kernel"
+    assert {line["kernel"] for line in found} == {name}
+    assert [line for line in found if line["spoiled"]] == []
+    if hopper:
+        assert all(line["products"] for line in found)
+
+
 def test_the_scan_finds_the_build_that_is_known_bad() -> None:
     """With the Triton of constraints.txt, 3.6.0; a newer one may need another build, or none of this file."""
     (line,) = report_of("known bad")
