@@ -44,38 +44,38 @@ MUTATIONS = {
     "counters not returned": ('tl.atomic_xchg(counter, 0, sem="relaxed")', "tl.debug_barrier()"),
 }  # fmt: skip
 ON_HOPPER = {
-    "sums do not fade": ("            acc = acc * fade[None, :]\n", ""),
-    "keys not normalised": ("gl.where(is_key[None, :], inverse_rms[:, None], 1.0)", "1.0"),
-    "group 1 left out": ("acc * fade[None, :] + their_acc * their_fade[None, :]", "acc * fade[None, :]"),
-    "parts do not fade": ("sums * gl.expand_dims(fades, 2), axis=0", "sums, axis=0"),
-    "padding seen": ("seen = seen & (gl.load(Mask + wide_b * mask_b + rows", "seen = seen | (gl.load(Mask + wide_b * mask_b + rows"),
-    "new tokens do not see each other": ("acc = acc * fade[:, None] + w[:, None] * y[None, :]", "acc = acc * fade[:, None]"),
-    "counters not returned": ('gl.atomic_xchg(counter, 0, sem="relaxed")', "gl.thread_barrier()"),
+    "sums do not fade": ("hopper", "            acc = acc * fade[None, :]\n", ""),
+    "keys not normalised": ("hopper", "gl.where(is_key[None, :], inverse_rms[:, None], 1.0)", "1.0"),
+    "group 1 left out": ("hopper", "acc * fade[None, :] + their_acc * their_fade[None, :]", "acc * fade[None, :]"),
+    "padding seen": ("hopper", "seen = seen & (gl.load(Mask + wide_b * mask_b + rows", "seen = seen | (gl.load(Mask + wide_b * mask_b + rows"),
+    "parts do not fade": ("hopper_finish", "sums * gl.expand_dims(fades, 2), axis=0", "sums, axis=0"),
+    "new tokens do not see each other": ("hopper_finish", "acc = acc * fade[:, None] + w[:, None] * y[None, :]", "acc = acc * fade[:, None]"),
+    "counters not returned": ("hopper_finish", 'gl.atomic_xchg(counter, 0, sem="relaxed")', "gl.thread_barrier()"),
 }  # fmt: skip
 
 
 @pytest.fixture
 def mutant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
-    """A kernel's module with one text replaced, in the place of the real one."""
-    module, found = request.param
+    """A kernel's module with one text replaced, and what imports it, in the place of the real ones."""
+    module, old, new = request.param
     source = (FOLDER / f"{module}.py").read_text()
-    if found is not None:
-        old, new = found
-        assert old in source, "the kernel has changed: adapt the mutation"
-        source = source.replace(old, new, 1)
-    path = tmp_path / f"{module}.py"
-    path.write_text(source)
-    name = f"lucid_attention.decode.{module}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    changed = importlib.util.module_from_spec(spec)
-    kept = importlib.import_module(name)
-    sys.modules[name] = changed
-    spec.loader.exec_module(changed)
-    setattr(lucid_attention.decode, module, changed)
+    assert old in source, "the kernel has changed: adapt the mutation"
+    (tmp_path / f"{module}.py").write_text(source.replace(old, new, 1))
+    kept = {}
+    for name in dict.fromkeys((module, "hopper" if module.startswith("hopper") else module)):
+        folder = tmp_path if name == module else FOLDER
+        full = f"lucid_attention.decode.{name}"
+        kept[name] = importlib.import_module(full)
+        spec = importlib.util.spec_from_file_location(full, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        changed = importlib.util.module_from_spec(spec)
+        sys.modules[full] = changed
+        spec.loader.exec_module(changed)
+        setattr(lucid_attention.decode, name, changed)
     yield
-    sys.modules[name] = kept
-    setattr(lucid_attention.decode, module, kept)
+    for name, real in kept.items():
+        sys.modules[f"lucid_attention.decode.{name}"] = real
+        setattr(lucid_attention.decode, name, real)
 
 
 def agree(device: str, width: int) -> bool:
@@ -99,15 +99,15 @@ def agree(device: str, width: int) -> bool:
     return good
 
 
-def cases(module: str, changes: dict[str, tuple[str, str]]) -> list[object]:
-    found: list[object] = [pytest.param((module, None), id="unchanged")]
-    return found + [pytest.param((module, change), id=name) for name, change in changes.items()]
+def cases(unchanged: str, changes: dict[str, tuple[str, str, str]]) -> list[object]:
+    found: list[object] = [pytest.param((unchanged, "", ""), id="unchanged")]
+    return found + [pytest.param(change, id=name) for name, change in changes.items()]
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="compiling each takes long; the interpreter runs them"
 )
-@pytest.mark.parametrize("mutant", cases("kernel", MUTATIONS), indirect=True)  # fmt: skip
+@pytest.mark.parametrize("mutant", cases("kernel", {name: ("kernel", *change) for name, change in MUTATIONS.items()}), indirect=True)  # fmt: skip
 def test_a_dropped_term_shows(
     mutant: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
