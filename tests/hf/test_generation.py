@@ -416,3 +416,55 @@ def test_a_row_that_begins_with_a_chunk_of_padding(build, ids):
     got = layer.in_full(layer.values)[:1, :, 6:]
     expected = alone.layers[0].values
     assert ((got - expected).norm() / expected.norm()).item() < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *(("dynamic", how) for how in ("reorder", "select", "repeat", "deepcopy", "pickle", "reset")),
+        *(("static", how) for how in ("reorder", "deepcopy", "pickle", "reset")),
+    ],
+)  # fmt: skip
+def test_scales_follow_their_rows(kind, how):
+    """Two rows of very different size in float16: each keeps its own scale, whatever is done to the cache."""
+    make = LucidDynamicLayer if kind == "dynamic" else lambda: LucidStaticLayer(16)
+    layer = make()
+    size = torch.tensor([1e-6, 1e6])[:, None, None, None]
+    key = torch.randn(2, 3, 5, 8, dtype=torch.bfloat16)
+    y = size * torch.randn(2, 3, 5, 8)
+
+    def put(layer, key, y):
+        layer.armed = True
+        layer.update(key, y.bfloat16())
+        layer.commit(y)
+
+    put(layer, key, y)
+    rows = torch.tensor([0, 1])
+    if how == "reorder":
+        rows = torch.tensor([1, 0])
+        layer.reorder_cache(rows)
+    elif how == "deepcopy":
+        layer = copy.deepcopy(layer)
+    elif how == "pickle":
+        layer = pickle.loads(pickle.dumps(layer))
+    elif how == "reset":
+        layer.reset()
+        y = y.flip(0)
+        if kind == "static":
+            put(layer, key, y)
+        else:  # a growing layer is emptied by cropping
+            layer.crop(-5)
+            put(layer, key, y)
+    elif how == "select":
+        rows = torch.tensor([1])
+        layer.batch_select_indices(rows)
+    else:
+        rows = torch.tensor([0, 0, 1, 1])
+        layer.batch_repeat_interleave(2)
+    put(layer, key[rows], 2 * y[rows])  # later rows in the scale of the first
+    got = layer.in_full(layer.values)[:, :, :10]
+    expected = torch.cat([y, 2 * y], 2)[rows]
+    assert layer.y_scale.shape == (len(rows), 3)
+    error = (got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < 4e-4
