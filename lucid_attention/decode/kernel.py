@@ -91,26 +91,28 @@ def _length(pointers, capacity, exists):
 
 
 @triton.jit
-def _whose(tile, tiles, cumulative, index, Lengths, length_stride, heads, capacity, RAGGED: tl.constexpr):  # fmt: skip
+def _whose(tile, tiles, cumulative, index, Lengths, heads, capacity, RAGGED: tl.constexpr):  # fmt: skip
     """The batch row, the head and the length that a tile of the list belongs to; the head's first tile and its end."""
     if RAGGED:
         b = tl.sum((cumulative * heads <= tile).to(tl.int32), axis=0)
         before = tl.sum(tl.where(index < b, tiles, 0), axis=0) * heads
         own = tl.sum(tl.where(index == b, tiles, 0), axis=0)
+        length = _length(Lengths + b, capacity, True)
     else:
         own = tiles
         b = tile // (own * heads)
         before = b * own * heads
+        length = cumulative
     head = (tile - before) // own
     first = before + head * own
-    return b, head, _length(Lengths + b * length_stride, capacity, True), first, first + own
+    return b, head, length, first, first + own
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "capacity"])
 def decode_kernel(
     Query, Key, Value, KeyCache, YCache, YScale, Lengths, Mask, Table, Strength, Sinks, Out, Parts, Arrivals,
     query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
-    cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b, length_stride,
+    cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
     batch, heads, capacity, width, value_width, scale, kernel_scale, softcap, eps,
     G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     E1: tl.constexpr, E2: tl.constexpr, M: tl.constexpr, BATCH: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -119,7 +121,6 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid: ``programs``. Arrivals: a counter for every head of every row of the batch, 0 before and after."""
     QUERIES: tl.constexpr = G * C
-    TOKENS: tl.constexpr = 16 if C <= 16 else triton.next_power_of_2(C)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     row = tl.arange(0, ROWS)
@@ -130,20 +131,20 @@ def decode_kernel(
 
     index = tl.arange(0, BATCH)
     if RAGGED:
-        lengths = _length(Lengths + index * length_stride, capacity, index < batch)
+        lengths = _length(Lengths + index, capacity, index < batch)
         tiles = tl.where(index < batch, tl.maximum(tl.cdiv(lengths, M), 1), 0)
         cumulative = tl.cumsum(tiles, axis=0)
         total = tl.sum(tiles, axis=0) * heads
     else:
-        tiles = tl.maximum(tl.cdiv(_length(Lengths, capacity, True), M), 1)
-        cumulative = tiles
+        cumulative = _length(Lengths, capacity, True)  # of all rows: their one length
+        tiles = tl.maximum(tl.cdiv(cumulative, M), 1)
         total = tiles * batch * heads
     share = tl.cdiv(total, programs)
     tile = program * share
     end = tl.minimum(tile + share, total)
     while tile < end:
         b, head, length, first, beyond = _whose(
-            tile, tiles, cumulative, index, Lengths, length_stride, heads, capacity, RAGGED
+            tile, tiles, cumulative, index, Lengths, heads, capacity, RAGGED
         )
         stop = tl.minimum(beyond, end)
         wide_b = b.to(tl.int64)
@@ -241,24 +242,22 @@ def decode_kernel(
                         acc2 += fade[:, None] * _piece(sums, theirs, used, value_width, E1, E2)
         if complete:
             # The new tokens among themselves.
-            token = tl.arange(0, TOKENS)
+            token = tl.arange(0, 16)  # as many as there may be
             exists = token < C
             token_places = wide_b * key_b + wide_head * key_h + token.to(tl.int64) * key_n
             k1 = _piece(Key, token_places, exists, width, 0, D1)
             k2 = k1
             if D2 > 0:
                 k2 = _piece(Key, token_places, exists, width, D1, D2)
-            fits = (
-                length + 0 * row
-            ) + C <= capacity  # of every row: what the program knows of a batch row
+            # The same of all rows, as a tensor: the interpreter's masks are no scalars.
+            fits = length + C + 0 * row <= capacity
+            token_fits = length + C + 0 * token <= capacity
             real = is_query | is_key
             seen = exists
             if Mask is not None:
                 new_mask = Mask + wide_b * mask_b + length
                 real = tl.load(new_mask + of_token, mask=real & fits, other=0) != 0
-                seen = (
-                    tl.load(new_mask + token, mask=seen & (length + token < capacity), other=0) != 0
-                )
+                seen = tl.load(new_mask + token, mask=seen & token_fits, other=0) != 0
             z = _exponents(
                 x1, x2, k1, k2, factor, is_key, scale, softcap, width, shift, eps, D2, SOFTCAP, K_PRECISION, INTERPRET,
             )  # fmt: skip
@@ -308,7 +307,7 @@ def decode_kernel(
             _store(ys, y_places, added, value_width, acc1 / unit, 0, E1)
             if E2 > 0:
                 _store(ys, y_places, added, value_width, acc2 / unit, E1, E2)
-            added = exists & (length + 0 * token + C <= capacity)
+            added = exists & token_fits
             k_places = _places(Table, wide_b, length + token, added, cached_b, cached_n, table_b, PAGE)  # fmt: skip
             _store(keys, k_places, added, width, k1, 0, D1)
             if D2 > 0:

@@ -130,7 +130,7 @@ def decode(
         programs = min(slots(query.device), batch * heads * max(1, -(-capacity // tile)))
         exact_key, exact_y = key_cache.dtype == torch.float32, y_cache.dtype == torch.float32
         decode_kernel[(programs,)](
-            *operands, parts(programs, rows), counters, *strides, 1 if ragged else 0, *numbers,
+            *operands, parts(programs, rows), counters, *strides, *numbers,
             **common, D1=d1, D2=d2, E1=e1, E2=e2, M=tile, PROGRAMS=_power(programs), STAGES=stages,
             K_PRECISION="tf32x3" if exact_key else "tf32", Y_PRECISION="tf32x3" if exact_y else "tf32",
             INTERPRET=not query.is_cuda if interpreted is None else interpreted, num_warps=warps,

@@ -53,8 +53,8 @@ def attend(
         new_mask = key_mask.gather(1, place.clamp(max=max(0, capacity - 1)))
     unit = 1.0 if y_scale is None else y_scale[:, :, None, None].to(dtype)
 
-    shown = seen[:, None, :, None]
-    past = (torch.where(shown, keys, 0.0), torch.where(shown, ys, 0.0).to(dtype) * unit)
+    # Whatever the keys hold where Y is 0, nobody sees it.
+    past = (keys, torch.where(seen[:, None, :, None], ys, 0.0).to(dtype) * unit)
     half = key.dtype.itemsize < 4
     solved = precondition(
         key,
@@ -121,8 +121,7 @@ def _softmax(
     new = new_mask
     if new is None:
         new = torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
-    new_key = torch.where(new[:, None, :, None], key, 0.0)
-    keys = torch.cat([past_key.to(dtype), new_key.to(dtype)], 2)
+    keys = torch.cat([past_key.to(dtype), key.to(dtype)], 2)
     ys = torch.cat([past_y, solved.to(dtype)], 2)
     outputs = []
     for low in range(0, tokens, _QUERIES):

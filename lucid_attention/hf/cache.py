@@ -243,9 +243,8 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         past = self.values
         if past.numel() == 0:
             past = past.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
-            if (
-                not torch.compiler.is_compiling()
-            ):  # it may have been another batch before it was cropped
+            # It may have been another batch before it was cropped.
+            if not torch.compiler.is_compiling():
                 self.initialize_scale(key_states, value_states)
         room = None
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from .attention import CONTEXT, ForwardContext, is_in_a_graph
-from .cache import LucidCache, arm, check_room, disarm, upgrade
+from .cache import LucidCache, arm, check_room, disarm
 from .masks import documents_from_positions, pack
 
 
@@ -76,10 +76,9 @@ def before_forward(
         cache = LucidCache(config)
         kwargs["past_key_values"] = cache
     if cache is not None:
-        upgrade(cache, config.lucid["layers"], config.num_hidden_layers)
+        arm(cache, config.lucid["layers"], config.num_hidden_layers)
         if not is_in_a_graph(inputs):
             check_room(cache, inputs.shape[1])
-        arm(cache, config.lucid["layers"], config.num_hidden_layers)
         context.cache = cache
     kwargs[CONTEXT] = context
     return (), kwargs
