@@ -341,3 +341,28 @@ def test_autocast_is_as_for_sdpa() -> None:
     rounded = key.bfloat16(), value.bfloat16()
     assert torch.equal(got, precondition(*rounded))
     assert torch.equal(weighted, precondition(*rounded, strength=strength))
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_out_dtype(impl: str, dtype: torch.dtype) -> None:
+    """float32 keeps what rounding drops; gradients are those of the rounded Y."""
+    key = make_keys("cos0.8", 1, 2, 90, 16, dtype=dtype).requires_grad_()
+    value = torch.randn(1, 2, 90, 8).to(dtype).requires_grad_()
+    past = (make_keys("cos0.8", 1, 2, 30, 16, dtype=dtype), torch.randn(1, 2, 30, 8))
+    exact = precondition(
+        key.double(), value.double(), past=tuple(x.double() for x in past), impl="reference"
+    )
+    wide = precondition(key, value, past=past, out_dtype=torch.float32, impl=impl)
+    narrow = precondition(key, value, past=past, impl=impl)
+    assert (wide.dtype, narrow.dtype) == (torch.float32, dtype)
+    assert relative_error(wide, exact) < 1e-5 < relative_error(narrow, exact)
+    assert torch.equal(wide.to(dtype), narrow)
+    grad = torch.randn_like(narrow)
+    expected = torch.autograd.grad(narrow, (key, value), grad)
+    for g, e in zip(torch.autograd.grad(wide, (key, value), grad.float()), expected, strict=True):
+        assert g.dtype == dtype
+        if impl == "blocked":
+            assert torch.equal(g, e)
+        else:  # autograd's own, from Y as it was
+            assert relative_error(g, e) < 2e-2

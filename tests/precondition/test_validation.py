@@ -48,6 +48,8 @@ DENSE_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key": R(2, 3, 10, 8).to_sparse()}, TypeError, r"key must be a dense tensor, got torch.sparse_coo"),
     ({"key": R(2, 3, 10, 0)}, ValueError, r"key must have head_dim >= 1"),
     ({"value": R(2, 3, 10, 0)}, ValueError, r"value must have head_dim >= 1"),
+    ({"out_dtype": "float32"}, TypeError, r"out_dtype must be a torch.dtype or None, got str"),
+    ({"out_dtype": torch.float16}, ValueError, r"out_dtype must be value's dtype \(torch.float32\).*got torch.float16"),
     ({"kernel_scale": 0.0}, ValueError, r"kernel_scale must be positive, got 0.0.*None"),
     ({"kernel_scale": -1}, ValueError, r"kernel_scale must be positive, got -1"),
     ({"kernel_scale": math.inf}, ValueError, r"kernel_scale must be finite, got inf"),

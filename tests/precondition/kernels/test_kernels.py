@@ -399,3 +399,24 @@ def test_opcheck(optional: bool, device: str) -> None:
         )
     args = (key, value, *extra, 0.4, "triton", torch.float32)
     torch.library.opcheck(operators.precondition.overload, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("with_past", [False, True])
+def test_out_dtype(with_past: bool, device: str) -> None:
+    """Y before its rounding: closer to float64 than the rounded one, which it rounds to."""
+    leaves = operands("cos0.5", 1, 2, 200, 64, value_width=64, dtype=torch.bfloat16, device=device)
+    key, value = (x.detach() for x in leaves[:2])
+    past = None
+    if with_past:
+        past = (key.flip(2), torch.randn(1, 2, 200, value.shape[-1], device=device))
+    exact = precondition(
+        key.double(),
+        value.double(),
+        past=past and tuple(x.double() for x in past),
+        impl="reference",
+    )
+    wide = precondition(key, value, past=past, out_dtype=torch.float32, impl="triton")
+    narrow = precondition(key, value, past=past, impl="triton")
+    assert wide.dtype == torch.float32
+    assert relative_error(wide, exact) < 8e-4 < 1.2e-3 < relative_error(narrow, exact)
+    assert relative_error(wide, narrow) < 4e-3
