@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from lucid_attention.precondition.implementation import why_no_kernels
+from lucid_attention.precondition.implementation import multiprocessors, why_no_kernels
 from lucid_attention.precondition.numerics import KEY_EPS
 
 MOST_TOKENS = 16
@@ -37,7 +36,7 @@ def why_not_this_many(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if tokens > MOST_TOKENS:
         return f"the kernels take up to {MOST_TOKENS} new tokens at once, got {tokens}"
     used = (query.shape[1] // max(key.shape[1], 1) + 1) * tokens
-    most = min(MOST_ROWS, LARGEST_TILE // sum(_pieces(value.shape[-1])))
+    most = min(MOST_ROWS, LARGEST_TILE // _power(value.shape[-1]))
     if used > most:
         return (
             f"the kernels take (query heads / KV heads + 1) * new tokens up to {most} at this value "
@@ -70,6 +69,9 @@ def decode(
     interpreted: bool | None = None,
 ) -> Tensor:
     """The output; the caches are written in place. ``interpreted``: by Triton's interpreter; None: off a GPU."""
+    from lucid_attention.precondition.kernels.launch import dense, on_device_of, row_major
+    from lucid_attention.precondition.kernels.plan import pieces
+
     from .kernel import decode_kernel
 
     batch, query_heads, tokens, width = query.shape
@@ -77,7 +79,7 @@ def decode(
     out = query.new_empty((batch, query_heads, tokens, value_width))
     if out.numel() == 0:
         return out
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = row_major(query), row_major(key), row_major(value)
     group = query_heads // heads
     used = (group + 1) * tokens
     rows = max(16, _power(used))
@@ -86,7 +88,7 @@ def decode(
     if key_mask is not None:
         capacity = min(capacity, key_mask.shape[1])
     key_mask, block_table, strength, sinks, y_scale = map(
-        _dense, (key_mask, block_table, strength, sinks, y_scale)
+        dense, (key_mask, block_table, strength, sinks, y_scale)
     )
     ragged = cache_seqlens.numel() > 1
     operands = (
@@ -109,7 +111,7 @@ def decode(
         size = 2 * programs * rows * (value_width + 2)
         return torch.empty(size, dtype=torch.float32, device=query.device)
 
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device_of(query):
         if is_hoppers(key_cache, y_cache, rows, page):
             from . import hopper
 
@@ -124,8 +126,8 @@ def decode(
                 **common, D=d, E=e, EACH=each, TILE=tile, STAGES=stages, num_warps=4, launch_pdl=True,
             )  # fmt: skip
             return out
-        d1, d2 = _pieces(width)
-        e1, e2 = _pieces(value_width)
+        d1, d2 = pieces(width)
+        e1, e2 = pieces(value_width)
         tile, warps, stages = _tiles(key_cache, y_cache, d1 + d2, e1 + e2)
         programs = min(slots(query.device), batch * heads * max(1, -(-capacity // tile)))
         exact_key, exact_y = key_cache.dtype == torch.float32, y_cache.dtype == torch.float32
@@ -152,12 +154,6 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
 def _tiles(
     key_cache: Tensor, y_cache: Tensor, width: int, value_width: int
 ) -> tuple[int, int, int]:
@@ -172,26 +168,8 @@ def slots(device: torch.device) -> int:
     """Programs that run at once."""
     if device.type != "cuda":
         return 3  # the interpreter: few enough that heads are shared
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * multiprocessors(device)
 
 
 def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def _pieces(width: int) -> tuple[int, int]:
-    """A width as one or two powers of two, the first the larger."""
-    whole = max(16, _power(width))
-    if width <= 16 or whole == width or width > 3 * whole // 4:
-        return whole, 0
-    rest = max(16, _power(width - whole // 2))
-    return whole // 2, rest
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    tensor = tensor.resolve_neg()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -77,6 +77,13 @@ def _short_chunk(key: Tensor, past_key: Tensor | None) -> bool:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
 def _interpreted() -> bool:
     """Whether TRITON_INTERPRET asked for Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:

@@ -71,14 +71,6 @@ def test_heads_with_odd_numbers_of_tiles(width: int, lengths: tuple[int, ...]) -
     assert relative_error(step.added()[1].cpu(), new) < 1e-3
 
 
-def test_what_hoppers_kernel_has_no_room_for() -> None:
-    """Wide heads and many rows of X: the portable kernel serves them."""
-    case = Case((300, 20), kv_heads=2, group=8, tokens=4, width=192, value_width=192)
-    step = Step(case, "cuda")
-    assert not launch.is_hoppers(step.key_cache, step.y_cache, 64, 0)
-    check(step, "triton")
-
-
 def test_many_parts_are_added_in_two_steps() -> None:
     """One KV head on a whole card: 132 parts."""
     for group, width in ((1, 64), (7, 128), (15, 64)):

@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..implementation import multiprocessors
 from .hopper_tiles import (
     as_long,
-    multiprocessors,
     place_ticket,
     power_of_two,
     range_exponent,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -196,9 +195,3 @@ def tile_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     descriptor.layout = _shared_layout(8 * tensor.element_size())
     descriptor.padding = "zero"
     return descriptor
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count

@@ -18,17 +18,19 @@ from .plan import Geometry, Run, call_for, longest_sequence
 Pair = tuple[Tensor, Tensor]
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def row_major(tensor: Tensor) -> Tensor:
+    """Operands are read by rows of contiguous entries."""
     tensor = tensor.resolve_neg()  # a negated view's memory has the other sign
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def dense(tensor: Tensor | None) -> Tensor | None:
     """Masks, strengths and offsets are read by index: an expanded or sliced one is copied."""
     return None if tensor is None else tensor.resolve_neg().contiguous()
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
@@ -38,7 +40,7 @@ class _Past:
     """A past as columns: its keys, its values in range, and what was found out about them."""
 
     def __init__(self, run: Run, past: Pair, reference: Tensor | None) -> None:
-        self.key, self.value = _rows(past[0]), _rows(past[1])
+        self.key, self.value = row_major(past[0]), row_major(past[1])
         self.geometry = Geometry(self.key, run.call.plan.block)
         parts = stages.past_parts(run.call, self.geometry)
         self.at = parts.tensors(parts.buffers(self.key.device))
@@ -71,9 +73,9 @@ def _solve(
     out = value.new_empty(value.shape, dtype=out_dtype or value.dtype)
     if out.numel() == 0:
         return out
-    with _on(key):
-        key, value = _rows(key), _rows(value)
-        strength, key_mask, offsets = _dense(strength), _dense(key_mask), _dense(offsets)
+    with on_device_of(key):
+        key, value = row_major(key), row_major(value)
+        strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, value, kernel_scale, (strength, key_mask), offsets, longest,
             keep=past is None and out.dtype == value.dtype,
@@ -128,9 +130,9 @@ def _adjoint(
             grad_strength = torch.zeros_like(strength)
         return grad_key, grad_value, grad_strength, *(none or (None, None))
     grads_past: tuple[Tensor | None, Tensor | None] = (None, None)
-    with _on(key):
-        grad, key, solution = _rows(grad), _rows(key), _rows(solution)
-        strength, key_mask, offsets = _dense(strength), _dense(key_mask), _dense(offsets)
+    with on_device_of(key):
+        grad, key, solution = row_major(grad), row_major(key), row_major(solution)
+        strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, solution, kernel_scale, (grad, strength, key_mask), offsets, longest,
             keep=past is None,
