@@ -394,7 +394,7 @@ def _sdpa(
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         enable_gqa = False
-    return F.scaled_dot_product_attention(
+    output = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -404,6 +404,29 @@ def _sdpa(
         scale=scale,
         enable_gqa=enable_gqa,
     )
+    if query.is_cuda and output.requires_grad and query.dtype in (torch.float16, torch.bfloat16):
+        return _GradientLaidOutAlike.apply(output)
+    return output
+
+
+class _GradientLaidOutAlike(torch.autograd.Function):
+    """The identity; its gradient gets the strides of the output, by a copy where it has others.
+
+    PyTorch (2.6 to this day) keeps cuDNN's plans for the backward pass under the layouts of query, key and
+    value alone, but builds in that of the gradient: a second call whose gradient lies otherwise runs the
+    first one's plan, reads it in the wrong order and returns wrong gradients without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        stride = output.stride()
+        ctx.order = sorted(range(output.dim()), key=lambda axis: -stride[axis])
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        inverse = sorted(range(grad.dim()), key=lambda axis: ctx.order[axis])
+        return grad.permute(ctx.order).contiguous().permute(inverse)
 
 
 def _packed_kernel(

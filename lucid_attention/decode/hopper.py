@@ -5,7 +5,8 @@
 * The two groups take the tiles in turn, whatever head they belong to. A tile's products have the cached rows on the tensor core's long side,
   ``K X^T`` and ``Y^T P``, so that the few rows of X are the short side and little is computed for nothing.
   The keys go through registers, where their norms are taken as well.
-* At the end of a head's tiles group 0 adds what group 1 has, and finishes as ``kernel.py`` does.
+* At the end of a head's tiles group 0 adds what group 1 has, and both finish as ``kernel.py`` does, each one half
+  of the value's columns.
 
 Keys and Y in half precision, rows and strides of whole 16 bytes, pages of whole tiles.
 """
@@ -119,7 +120,7 @@ def _compute(
     query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
     cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
     batch, heads, capacity, width, value_width, scale, kernel_scale, softcap, eps,
-    key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_taken, is_among,
+    key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_summed, is_taken, is_among,
     GROUP: gl.constexpr, G: gl.constexpr, C: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     EACH: gl.constexpr, TILE: gl.constexpr, BATCH: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -243,6 +244,7 @@ def _compute(
                 among.index(token).store(z)
             gl.thread_barrier()
             mbarrier.arrive(is_among, count=1)
+            mbarrier.wait(is_summed, heads_done & 1)
         else:
             mbarrier.wait(is_given, heads_done & 1)
             their_top = given.index(0).load(across)
@@ -257,14 +259,16 @@ def _compute(
             given.index(0).store(new_top)
             given.index(1).store(weight)
             gl.thread_barrier()
-            finish_head(
-                Key, Value, KeyCache, YCache, YScale, Mask, Table, Strength, Sinks, Out, Parts, Arrivals,
-                key_b, key_h, key_n, value_b, value_h, value_n,
-                cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
-                heads, capacity, width, value_width, given_acc, given, among, is_among, heads_done,
-                batch * heads, b, head, length, first // share, (beyond - 1) // share, G, C, D, E, PAGE,
-            )  # fmt: skip
-            gl.thread_barrier()
+            mbarrier.arrive(is_summed, count=1)
+        finish_head(
+            Key, Value, KeyCache, YCache, YScale, Mask, Table, Strength, Sinks, Out, Parts, Arrivals,
+            key_b, key_h, key_n, value_b, value_h, value_n,
+            cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
+            heads, capacity, width, value_width, given_acc, given, among, is_among, heads_done,
+            batch * heads, b, head, length, first // share, (beyond - 1) // share, GROUP, G, C, D, E, PAGE,
+        )  # fmt: skip
+        gl.thread_barrier()
+        if GROUP == 0:
             mbarrier.arrive(is_taken, count=1)
         heads_done += 1
         tile = stop
@@ -303,6 +307,7 @@ def hopper_decode_kernel(
     y_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     y_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     is_given = gl.allocate_shared_memory(gl.int64, [1], one)
+    is_summed = gl.allocate_shared_memory(gl.int64, [1], one)
     is_taken = gl.allocate_shared_memory(gl.int64, [1], one)
     is_among = gl.allocate_shared_memory(gl.int64, [1], one)
     for stage in gl.static_range(STAGES):
@@ -311,6 +316,7 @@ def hopper_decode_kernel(
         mbarrier.init(y_full.index(stage), count=1)
         mbarrier.init(y_empty.index(stage), count=1)
     mbarrier.init(is_given, count=1)
+    mbarrier.init(is_summed, count=1)
     mbarrier.init(is_taken, count=1)
     mbarrier.init(is_among, count=1)
     fence_async_shared()
@@ -324,7 +330,7 @@ def hopper_decode_kernel(
                 query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
                 cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
                 batch, heads, capacity, width, value_width, scale, kernel_scale, softcap, eps,
-                key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_taken, is_among,
+                key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_summed, is_taken, is_among,
                 0, G, C, ROWS, D, E, EACH, TILE, BATCH, PAGE, RAGGED, SOFTCAP, STAGES,
             )),
             (_compute, (
@@ -332,7 +338,7 @@ def hopper_decode_kernel(
                 query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n,
                 cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
                 batch, heads, capacity, width, value_width, scale, kernel_scale, softcap, eps,
-                key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_taken, is_among,
+                key_ring, y_ring, x_smem, p_smem, given_acc, given, among, key_full, key_empty, y_full, y_empty, is_given, is_summed, is_taken, is_among,
                 1, G, C, ROWS, D, E, EACH, TILE, BATCH, PAGE, RAGGED, SOFTCAP, STAGES,
             )),
             (_load, (

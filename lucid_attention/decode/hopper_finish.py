@@ -11,8 +11,8 @@ from .hopper_list import LOG2_E, SHIFT, UNSHIFT, as_long, places_of
 
 @gluon.jit
 def _add_parts(
-    Parts, all_weights, all_sums, earliest, begin, end, step, value_width,
-    QUERIES: gl.constexpr, USED: gl.constexpr, E: gl.constexpr, AT_ONCE: gl.constexpr, stack: gl.constexpr,
+    all_tops, all_weights, all_sums, earliest, begin, end, step,
+    QUERIES: gl.constexpr, USED: gl.constexpr, HALF: gl.constexpr, AT_ONCE: gl.constexpr, stack: gl.constexpr,
 ):  # fmt: skip
     """Tops, weights and sums of the parts ``begin, begin + step .. end``, in this order."""
     R: gl.constexpr = _power(USED)
@@ -20,21 +20,22 @@ def _add_parts(
     down: gl.constexpr = gl.SliceLayout(1, lines)
     pairs: gl.constexpr = gl.SliceLayout(2, stack)
     row = gl.arange(0, R, gl.SliceLayout(0, pairs))
-    entry = gl.arange(0, E, gl.SliceLayout(0, gl.SliceLayout(1, stack)))
+    entry = gl.arange(0, HALF, gl.SliceLayout(0, gl.SliceLayout(1, stack)))
     is_query = row < QUERIES
     top = gl.where(is_query, -1e30, 0.0)
     weight = gl.zeros([R], gl.float32, gl.SliceLayout(0, pairs))
-    acc = gl.zeros([R, E], gl.float32, lines)
+    acc = gl.zeros([R, HALF], gl.float32, lines)
     for start in range(begin, end + 1, step * AT_ONCE):
         part = start + step * gl.arange(0, AT_ONCE, gl.SliceLayout(1, pairs))
         places = (2 * part + (part == earliest).to(gl.int32))[:, None] * USED + row[None, :]
         live = (part <= end)[:, None] & (row < USED)[None, :]
-        tops = gl.load(Parts + places, mask=live, other=-1e30)
+        tops = gl.load(all_tops + places, mask=live, other=-1e30)
         weights = gl.load(all_weights + places, mask=live, other=0.0)
         sums = gl.load(
-            all_sums + gl.expand_dims(places.to(gl.int64) * value_width, 2) + entry[None, None, :],
-            mask=gl.expand_dims(live, 2) & (entry < value_width)[None, None, :], other=0.0,
-        )  # fmt: skip
+            all_sums + gl.expand_dims(places * HALF, 2) + entry[None, None, :],
+            mask=gl.expand_dims(live, 2),
+            other=0.0,
+        )
         tops = gl.where(is_query[None, :], tops, 0.0)
         new_top = gl.maximum(top, gl.max(tops, axis=0))
         fades = gl.exp2(tops - new_top[None, :])
@@ -59,15 +60,20 @@ def finish_head(
     cached_b, cached_h, cached_n, y_b, y_h, y_n, mask_b, table_b,
     heads, capacity, width, value_width, sums, tops, among, is_among, heads_done,
     all_heads, b, head, length, earliest, latest,
-    G: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
+    GROUP: gl.constexpr, G: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Group 0 after a head's tiles: the other programs' sums, the new tokens among themselves, the results."""
+    """A group after a head's tiles: the other programs' sums, the new tokens among themselves, the results.
+
+    Each group does this for its half of the value's columns, without a word to the other: parts, counters and the
+    last to arrive are each half's own.
+    """
     QUERIES: gl.constexpr = G * C
     USED: gl.constexpr = QUERIES + C
     R: gl.constexpr = _power(USED)
     # Parts that are read at once: 64 registers.
-    AT_ONCE: gl.constexpr = max(1, min(16, 8192 // (R * E)))
-    THREADS: gl.constexpr = min(E, 128) // 4
+    HALF: gl.constexpr = E // 2
+    AT_ONCE: gl.constexpr = max(1, min(16, 8192 // (R * HALF)))
+    THREADS: gl.constexpr = HALF // 4
     stack: gl.constexpr = gl.BlockedLayout(
         [AT_ONCE, 1, 4], [1, 32 // THREADS, THREADS], [1, 4, 1], [2, 1, 0]
     )
@@ -75,14 +81,15 @@ def finish_head(
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, lines)
     row = gl.arange(0, R, down)
-    entry = gl.arange(0, E, gl.SliceLayout(0, lines))
-    inside = (entry < value_width)[None, :]
+    entry = gl.arange(0, HALF, gl.SliceLayout(0, lines))
+    first_column: gl.constexpr = GROUP * HALF
+    inside = (first_column + entry < value_width)[None, :]
     used = row < USED
     is_query = row < QUERIES
     is_key = (row >= QUERIES) & used
     wide_b = as_long(b)
     wide_head = as_long(head)
-    acc = sums.slice(0, R, dim=0).load(lines)
+    acc = sums.slice(0, R, dim=0).slice(first_column, HALF, dim=1).load(lines)
     top = tops.index(0).slice(0, R, dim=0).load(down)
     weight = tops.index(1).slice(0, R, dim=0).load(down)
 
@@ -102,7 +109,7 @@ def finish_head(
     if YScale is not None:
         unit = gl.load(YScale + b * heads + head)
     own = is_key & real
-    values = wide_b * value_b + wide_head * value_h + of_token * as_long(value_n)
+    values = wide_b * value_b + wide_head * value_h + of_token * as_long(value_n) + first_column
     v = gl.load(Value + values[:, None] + entry[None, :], mask=own[:, None] & inside, other=0.0)
 
     complete = earliest == latest
@@ -110,8 +117,10 @@ def finish_head(
         # A program shares at most two heads: one that began before it, one that ends after it.
         programs = gl.num_programs(0)
         program = gl.program_id(0)
-        all_weights = Parts + 2 * programs * USED
+        all_tops = Parts + GROUP * (2 * programs * USED * (HALF + 2))
+        all_weights = all_tops + 2 * programs * USED
         all_sums = all_weights + 2 * programs * USED
+        counters = Arrivals + GROUP * (all_heads + 2 * programs)
         # Many parts are added up in two steps: neighbours first, each few of them by their last.
         fan = latest - earliest + 1
         root = (gl.sqrt(fan.to(gl.float32)) + 0.999).to(gl.int32)
@@ -120,24 +129,22 @@ def finish_head(
         begin = leader
         end = gl.minimum(leader + fan - 1, latest)
         step = fan * 0 + 1
-        counter = Arrivals + all_heads + 2 * leader + (leader == earliest).to(gl.int32)
+        counter = counters + all_heads + 2 * leader + (leader == earliest).to(gl.int32)
         place = program
         waiting = step > 0
         while waiting:
             slot = 2 * place + (place == earliest).to(gl.int32)
-            gl.store(Parts + slot * USED + row, top, mask=used)
+            gl.store(all_tops + slot * USED + row, top, mask=used)
             gl.store(all_weights + slot * USED + row, weight, mask=used)
-            mine = all_sums + as_long(slot) * (USED * value_width)
-            gl.store(
-                mine + row[:, None] * value_width + entry[None, :], acc, mask=used[:, None] & inside
-            )
+            mine = all_sums + slot * (USED * HALF)
+            gl.store(mine + row[:, None] * HALF + entry[None, :], acc, mask=used[:, None])
             gl.thread_barrier()
             waiting = gl.atomic_add(counter, 1, sem="acq_rel") == (end - begin) // step
             if waiting:
                 gl.atomic_xchg(counter, 0, sem="relaxed")
                 gl.thread_barrier()
                 top, weight, acc = _add_parts(
-                    Parts, all_weights, all_sums, earliest, begin, end, step, value_width, QUERIES, USED, E, AT_ONCE, stack
+                    all_tops, all_weights, all_sums, earliest, begin, end, step, QUERIES, USED, HALF, AT_ONCE, stack
                 )  # fmt: skip
                 gl.thread_barrier()  # before the first of these parts is overwritten
                 complete = (begin == earliest) & (end == latest)
@@ -145,7 +152,7 @@ def finish_head(
                 begin = earliest
                 end = latest
                 step = fan
-                counter = Arrivals + b * heads + head
+                counter = counters + b * heads + head
                 place = leader
     if complete:
         # From here on the rows of keys hold y, and all rows its own units.
@@ -174,22 +181,23 @@ def finish_head(
             acc = acc * fade[:, None]
         part_of = gl.where(real, gl.where(weight > 0, 1.0 / weight, 0.0), 0.0)
         part_of = gl.where(row_fits, part_of, float("nan"))
-        outs = Out + (wide_b * heads + wide_head) * (QUERIES * value_width)
+        outs = Out + (wide_b * heads + wide_head) * (QUERIES * value_width) + first_column
         gl.store(
             outs + row[:, None] * value_width + entry[None, :],
             (acc * part_of[:, None]).to(Out.dtype.element_ty), mask=is_query[:, None] & inside,
         )  # fmt: skip
         added = is_key & row_fits
-        places = wide_head * y_h + places_of(Table, b, length + of_token, added, y_b, y_n, table_b, PAGE)  # fmt: skip
+        places = wide_head * y_h + first_column + places_of(Table, b, length + of_token, added, y_b, y_n, table_b, PAGE)  # fmt: skip
         gl.store(
             YCache + places[:, None] + entry[None, :], (acc / unit).to(YCache.dtype.element_ty),
             mask=added[:, None] & inside,
         )  # fmt: skip
-        token_row = gl.arange(0, 16, gl.SliceLayout(1, plain))
-        column = gl.arange(0, D, gl.SliceLayout(0, plain))
-        added = (token_row < C) & (token_row * 0 + length + C <= capacity)
-        places = wide_head * cached_h + places_of(Table, b, length + token_row, added, cached_b, cached_n, table_b, PAGE)  # fmt: skip
-        added = added[:, None] & (column < width)[None, :]
-        new_keys = wide_b * key_b + wide_head * key_h + token_row * as_long(key_n)
-        k = gl.load(Key + new_keys[:, None] + column[None, :], mask=added, other=0.0)
-        gl.store(KeyCache + places[:, None] + column[None, :], k, mask=added)
+        if GROUP == 0:
+            token_row = gl.arange(0, 16, gl.SliceLayout(1, plain))
+            column = gl.arange(0, D, gl.SliceLayout(0, plain))
+            added = (token_row < C) & (token_row * 0 + length + C <= capacity)
+            places = wide_head * cached_h + places_of(Table, b, length + token_row, added, cached_b, cached_n, table_b, PAGE)  # fmt: skip
+            added = added[:, None] & (column < width)[None, :]
+            new_keys = wide_b * key_b + wide_head * key_h + token_row * as_long(key_n)
+            k = gl.load(Key + new_keys[:, None] + column[None, :], mask=added, other=0.0)
+            gl.store(KeyCache + places[:, None] + column[None, :], k, mask=added)

@@ -46,8 +46,8 @@ def why_not_this_many(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 def counters_needed(batch: int, heads: int, device: torch.device) -> int:
-    """One for every head of every row, and two for every program."""
-    return batch * heads + (2 * multiprocessors(device) if device.type == "cuda" else 0)
+    """One for every head of every row, and two for every program; twice, for two halves of the columns."""
+    return 2 * (batch * heads + (2 * multiprocessors(device) if device.type == "cuda" else 0))
 
 
 def decode(
@@ -106,9 +106,9 @@ def decode(
         "RAGGED": ragged, "SOFTCAP": softcap > 0,
     }  # fmt: skip
 
-    def parts(programs: int, rows: int) -> Tensor:
+    def parts(programs: int, rows: int, columns: int) -> Tensor:
         """Of each part: tops, weights, sums. See the kernels."""
-        size = 2 * programs * rows * (value_width + 2)
+        size = 2 * programs * rows * columns
         return torch.empty(size, dtype=torch.float32, device=query.device)
 
     with on_device_of(query):
@@ -122,7 +122,7 @@ def decode(
             )
             hopper.hopper_decode_kernel[(programs,)](
                 hopper.tile_descriptor(key_cache, tile, d), hopper.tile_descriptor(y_cache, tile, e),
-                *operands, parts(programs, used), counters, *strides, *numbers,
+                *operands, parts(programs, used, e + 4), counters, *strides, *numbers,
                 **common, D=d, E=e, EACH=each, TILE=tile, STAGES=stages, num_warps=4, launch_pdl=True,
             )  # fmt: skip
             return out
@@ -132,7 +132,7 @@ def decode(
         programs = min(slots(query.device), batch * heads * max(1, -(-capacity // tile)))
         exact_key, exact_y = key_cache.dtype == torch.float32, y_cache.dtype == torch.float32
         decode_kernel[(programs,)](
-            *operands, parts(programs, rows), counters, *strides, *numbers,
+            *operands, parts(programs, rows, value_width + 2), counters, *strides, *numbers,
             **common, D1=d1, D2=d2, E1=e1, E2=e2, M=tile, PROGRAMS=_power(programs), STAGES=stages,
             K_PRECISION="tf32x3" if exact_key else "tf32", Y_PRECISION="tf32x3" if exact_y else "tf32",
             INTERPRET=not query.is_cuda if interpreted is None else interpreted, num_warps=warps,

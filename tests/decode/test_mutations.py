@@ -50,6 +50,7 @@ ON_HOPPER = {
     "padding seen": ("hopper", "seen = seen & (gl.load(Mask + wide_b * mask_b + rows", "seen = seen | (gl.load(Mask + wide_b * mask_b + rows"),
     "parts do not fade": ("hopper_finish", "sums * gl.expand_dims(fades, 2), axis=0", "sums, axis=0"),
     "new tokens do not see each other": ("hopper_finish", "acc = acc * fade[:, None] + w[:, None] * y[None, :]", "acc = acc * fade[:, None]"),
+    "a half left out": ("hopper_finish", "first_column: gl.constexpr = GROUP * HALF", "first_column: gl.constexpr = 0 * HALF"),
     "counters not returned": ("hopper_finish", 'gl.atomic_xchg(counter, 0, sem="relaxed")', "gl.thread_barrier()"),
 }  # fmt: skip
 
