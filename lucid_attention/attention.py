@@ -420,12 +420,15 @@ class _GradientLaidOutAlike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
         stride = output.stride()
-        ctx.order = sorted(range(output.dim()), key=lambda axis: -stride[axis])
+        order: list[int] = []  # axes from outer to inner; `sorted` would take no symbols as keys
+        for axis in range(output.dim()):
+            order.insert(len([o for o in order if stride[o] >= stride[axis]]), axis)
+        ctx.order = order
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        inverse = sorted(range(grad.dim()), key=lambda axis: ctx.order[axis])
+        inverse = [ctx.order.index(axis) for axis in range(grad.dim())]
         return grad.permute(ctx.order).contiguous().permute(inverse)
 
 
