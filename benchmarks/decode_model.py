@@ -22,8 +22,9 @@ from tqdm import tqdm
 from benchmarks.gpu import Contestant, captured, in_turn
 from benchmarks.solve import quantiles
 
-CONTEXT, PREFILL = 32768, 131072
-BATCHES = (1, 16)
+STEPS = ((1, 4096), (1, 32768), (16, 32768), (1, 131072))
+"""Rows of a batch, and the tokens that each has cached."""
+PREFILL = 131072
 BEST = "softmax_best"
 
 
@@ -117,9 +118,9 @@ def step_of(model: Any, batch: int, context: int, lucid: bool) -> Any:
 @torch.no_grad()
 def run(quick: bool, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of steps, then of prefills."""
-    context, prefill = (512, 1024) if quick else (CONTEXT, PREFILL)
+    steps, prefill = (((1, 256), (2, 512)), 1024) if quick else (STEPS, PREFILL)
     found = models(quick)
-    for batch in tqdm(BATCHES, desc="tokens a second"):
+    for batch, context in tqdm(steps, desc="tokens a second"):
         calls = {
             name: Contestant(step_of(model, batch, context, name == "lucid"), budget_ms=300.0)
             for name, model in found.items()

@@ -44,6 +44,9 @@ class Results:
     def plot(self) -> None:
         if self.steps:
             plot(self.steps, self.facts, self.base.with_suffix(".png"))
+        if self.model:
+            slug = self.base.name.removeprefix("decode-")
+            plot_model(self.model, self.facts, self.base.with_name(f"decode-model-{slug}.png"))
 
 
 def tables(steps: list[Row], model: list[Row], drift: list[Row], facts: Row) -> str:
@@ -133,6 +136,48 @@ def plot(steps: list[Row], facts: Row, path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
     note = f"bfloat16 keys, float16 Y, batch x KV heads; {facts['gpu']}, commit {facts['commit']}, {facts['date']}."
+    figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_model(model: list[Row], facts: Row, path: Path) -> None:
+    """Tokens a second of a model's steps against the context, one row of the batch and more."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row for row in model if row["what"] == "step"]
+    colours = {"lucid": "#d55e00", "softmax_best": "#56b4e9", "sdpa": "#999999"}
+    labels = {
+        "lucid": "LUCID",
+        "softmax_best": "best softmax",
+        "sdpa": "softmax as in transformers",
+    }
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    for name, colour in colours.items():
+        for batch in sorted({row["batch"] for row in steps}):
+            line = sorted(
+                (row["context"], row["tokens_per_s"])
+                for row in steps
+                if row["attention"] == name and row["batch"] == batch
+            )
+            if line:
+                axis.plot(*zip(*line, strict=True), marker="o", ms=4, color=colour,
+                    ls="-" if batch == 1 else "--", label=f"{labels[name]}, batch {batch}")  # fmt: skip
+    axis.set(
+        xscale="log", yscale="log", xlabel="tokens cached", title="a 1.1B Llama: tokens a second"
+    )
+    axis.set_xticks(
+        sorted({row["context"] for row in steps}),
+        [f"{c / 1024:.3g}K" for c in sorted({row["context"] for row in steps})],
+    )
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    note = f"{facts['gpu']}, commit {facts['commit']}, {facts['date']}."
     figure.text(0.01, 0.01, note, fontsize=7.5, color="#555555")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)

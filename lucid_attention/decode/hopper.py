@@ -1,7 +1,7 @@
 """The kernel of ``kernel.py`` in its form for Hopper: a warp that loads, two groups of warps that compute.
 
-* The loading warp copies tiles of 64 cached rows by TMA into two rings of shared memory, as far ahead as they
-  reach: reading at the memory's rate takes some 100 KiB on their way to each multiprocessor at all times.
+* The loading warp copies tiles of 64 cached rows by TMA into two rings of shared memory, 128 KiB ahead:
+  reading at the memory's rate takes some 64 KiB on their way to each multiprocessor, and far more slows it.
 * The two groups take the tiles in turn, whatever head they belong to. A tile's products have the cached rows on the tensor core's long side,
   ``K X^T`` and ``Y^T P``, so that the few rows of X are the short side and little is computed for nothing.
   The keys go through registers, where their norms are taken as well.

@@ -76,6 +76,7 @@ def test_files(tmp_path: Path) -> None:
     with (tmp_path / "decode-h200.csv").open() as file:
         assert [r["impl"] for r in csv.DictReader(file)] == ["lucid", "sdpa-cudnn"]
     assert (tmp_path / "decode-model-h200.csv").exists()
+    assert (tmp_path / "decode-model-h200.png").exists()
     assert (tmp_path / "decode-h200.png").stat().st_size > 10_000
     assert "ratio 1.036" in decode_report.line(results.steps[0])
 
