@@ -68,6 +68,19 @@ def build_app() -> typer.Typer:
         False, "--quick", help="A look in about a minute: the models stay undertrained."
     )
 
+    config_argument = typer.Argument(None, help="A YAML file; recipes/ has some.")
+    changes_option = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="A setting, over what the file says."
+    )
+    run_option = typer.Option(
+        None,
+        "--out",
+        metavar="DIR",
+        help="Folder of the run, new or empty. [default: results/train-YYYYmmdd-HHMMSS]",
+    )
+    resume_option = typer.Option(
+        None, "--resume", metavar="DIR", help="Go on with the run in this folder."
+    )
     file_option = typer.Option(
         None,
         "--file",
@@ -109,9 +122,9 @@ def build_app() -> typer.Typer:
         130 interrupted.
         """
         from lucid_attention.demo.configuration import DemoConfig
-        from lucid_attention.demo.results import FolderError
         from lucid_attention.demo.runner import run_demo
         from lucid_attention.demo.text import TextError
+        from lucid_attention.results import FolderError
 
         config = DemoConfig.quick(seed=seed) if quick else DemoConfig(seed=seed)
         try:
@@ -123,6 +136,55 @@ def build_app() -> typer.Typer:
             raise typer.Exit(_INTERRUPTED)
         if outcome.record.checkpoint is None or not outcome.record.checkpoint.passed:
             raise typer.Exit(_FAILED)
+
+    @app.command()
+    def train(
+        config: Path | None = config_argument,
+        changes: list[str] = changes_option,
+        out: Path | None = run_option,
+        resume: Path | None = resume_option,
+        dry_run: bool = typer.Option(
+            False, "--dry-run", help="Say how large and how costly it would be; train nothing."
+        ),
+    ) -> None:
+        """Train a language model with LUCID or softmax attention, by transformers' Trainer.
+
+        CONFIG is flat YAML. Its keys are those of lucid_attention.train.TrainConfig (attention, position, layers, width,
+        heads, head_dim, text, dataset or task, length, ...) and of transformers.TrainingArguments (max_steps,
+        learning_rate, per_device_train_batch_size, bf16, gradient_checkpointing, ...).
+
+        The folder of the run holds config.yaml, the tokens, checkpoints, log.csv, loss.png, tensorboard's runs/ and, at the
+        end, model/, a Hugging Face checkpoint. It is never overwritten. Ctrl-C finishes the step and saves; --resume goes on as
+        if nothing had happened, after a kill from the last checkpoint.
+
+        On several GPUs: accelerate launch --config_file recipes/fsdp2.yaml -m lucid_attention train CONFIG
+
+        Exit codes: 0 done, 2 bad input (nothing is trained), 130 interrupted.
+        """
+        from lucid_attention.results import FolderError
+        from lucid_attention.train import TrainError, load_config
+        from lucid_attention.train import run as library
+
+        try:
+            if (config is None) == (resume is None):
+                raise TrainError("give either a configuration file or --resume")
+            if resume is not None:
+                if out is not None or dry_run:
+                    raise TrainError("--resume: neither --out nor --dry-run goes with it")
+                outcome = library.continue_training(resume, changes)
+            else:
+                assert config is not None
+                settings, arguments = load_config(config, changes)
+                if dry_run:
+                    print("\n".join(library.describe(settings, arguments)))
+                    return
+                outcome = library.train(settings, arguments, out=out)
+        except (TrainError, FolderError) as error:
+            print(f"lucid train: {error}", file=sys.stderr)
+            raise typer.Exit(_BAD_INPUT) from None
+        if not outcome.finished:
+            raise typer.Exit(_INTERRUPTED)
+        print(f"lucid train: {outcome.model}", file=sys.stderr)
 
     @app.command()
     def generate(

@@ -6,12 +6,12 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lucid_attention.results import ResultsFolder, environment_facts
 from lucid_attention.tasks.updatable_memory import VERSION as TASK_VERSION
 
 from .configuration import DemoConfig
 from .language_model import CheckpointCheck, LossCurve
 from .memory import MemoryCurve
-from .results import ResultsFolder, environment_facts
 
 __all__ = ["DemoRecord"]
 

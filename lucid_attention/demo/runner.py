@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from lucid_attention.results import ResultsFolder
+
 from .configuration import DemoConfig
 from .language_model import Attention, LossCurve, check_checkpoint, train_twin
 from .memory import CURVES, all_curves
@@ -17,7 +19,6 @@ from .plots import language_model_plot, memory_plot, summary_plot
 from .progress import progress
 from .record import DemoRecord
 from .report import summary
-from .results import ResultsFolder
 from .text import Corpus, prepare_corpus
 
 __all__ = ["DemoOutcome", "run_demo"]
@@ -63,7 +64,7 @@ def run_demo(
     console = console or Console()
     ResultsFolder.check(out)
     corpus = prepare_corpus(text, config.language_model)
-    folder = ResultsFolder.create(out)
+    folder = ResultsFolder.create(out, kind="demo")
     _say(console, f"Results go to {folder.path}")
     if corpus.note:
         _say(console, f"{corpus.name}: {corpus.note}")

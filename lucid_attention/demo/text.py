@@ -7,16 +7,16 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from lucid_attention.train.text import train_tokenizer
 
 from .configuration import LanguageModelConfig
 
 __all__ = ["Corpus", "TextError", "packaged_novel", "prepare_corpus", "read_text"]
 
 MAXIMUM_CHARACTERS = 5_000_000
-_END_OF_TEXT = "<|endoftext|>"
 
 
 class TextError(ValueError):
@@ -105,7 +105,7 @@ def prepare_corpus(path: Path | None, config: LanguageModelConfig) -> Corpus:
         )
 
     cut = _paragraph_start(text, int(len(text) * (1 - config.validation_share)))
-    tokenizer = _train_tokenizer(text[:cut], config.vocabulary)
+    tokenizer = train_tokenizer([text[:cut]], config.vocabulary)
     train = _encode(tokenizer, text[:cut])
     validation = _encode(tokenizer, text[cut:])
     for part, tokens in (("its beginning", train), ("its held-out end", validation)):
@@ -135,20 +135,6 @@ def _paragraph_start(text: str, position: int) -> int:
     """The start of the next paragraph within 2,000 characters, else ``position`` itself."""
     found = text.find("\n\n", position, position + 2_000)
     return position if found < 0 or not text[found:].strip() else found + 2
-
-
-def _train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[_END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END_OF_TEXT)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:

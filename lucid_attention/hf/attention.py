@@ -35,7 +35,7 @@ from lucid_attention.decode.launch import why_not_this_many
 
 from .cache import LucidLayer
 from .masks import Packing, convert_4d_mask, pack
-from .strength import SUBMODULE, strength_of
+from .strength import SUBMODULE, FixedStrength, strength_of
 
 CONTEXT = "lucid_context"  # the keyword under which a decoder's hook hands it to every layer
 
@@ -136,11 +136,12 @@ def lucid_attention_forward(
                 "attention_mask: packed documents cannot be cached, because a cache does not know "
                 "where they start; pass use_cache=False and no past_key_values"
             )
-        output = _packed(context, lucid, query, key, value, real, documents, softmax)
+        output = _packed(context, _unless_off(lucid), query, key, value, real, documents, softmax)
     elif isinstance(layer, LucidLayer) and layer.pending is not None:
         output = _cached(context, layer, lucid, query, real, softmax)
     else:
         keys, values, real, start = _aligned(layer, query.shape[2], key, value, real)
+        lucid = _unless_off(lucid)
         if lucid is not None:
             if keys.shape[2] > query.shape[2] and not torch.compiler.is_compiling():
                 warn_once(
@@ -388,6 +389,11 @@ def _packed(
         scattered = output.new_zeros((batch * seq, *output.shape[1:]))
         output = scattered.index_copy(0, packing.index, output)
     return output.unflatten(0, (batch, seq)).transpose(1, 2)
+
+
+def _unless_off(lucid: Any) -> Any:
+    """A layer of strength 0 that caches nothing is a softmax layer, and costs what one costs."""
+    return None if isinstance(lucid, FixedStrength) and lucid.is_off else lucid
 
 
 def _is_local(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -38,6 +38,7 @@ FAMILIES = {
     "OlmoConfig": "lucid_olmo",
     "Olmo2Config": "lucid_olmo2",
     "Phi3Config": "lucid_phi3",
+    "SmolLM3Config": "lucid_smollm3",
 }
 _MADE: dict[type, Any] = {}  # stock class -> LUCID class
 _REGISTERED: set[Any] = set()

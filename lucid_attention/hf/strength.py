@@ -62,6 +62,11 @@ class FixedStrength(nn.Module):
             # In place: a compiled step reads the same tensor, so a schedule recompiles nothing.
             self._tensor.copy_(torch.tensor(self.value))
 
+    @property
+    def is_off(self) -> bool:
+        """Whether this is softmax attention exactly, and not for one step of a schedule only."""
+        return self._tensor is None and self.value == 0.0
+
     def follow_schedule(self, kv_heads: int, device: torch.device) -> None:
         """Keeps the value in a tensor from now on, one that `set` rewrites in place."""
         self._tensor = torch.empty(kv_heads, dtype=torch.float32, device=device)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lucid_attention.demo import runner
 from lucid_attention.demo.configuration import DemoConfig
-from lucid_attention.demo.results import FolderError
 from lucid_attention.demo.runner import run_demo
 from lucid_attention.demo.text import TextError
+from lucid_attention.results import FolderError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERYTHING = [

@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Olmo": {},
     "Olmo2": {},
     "Phi3": {"sliding_window": None},
+    # Layers with and without RoPE.
+    "SmolLM3": {"head_dim": 20, "no_rope_layers": [1, 0]},
 }
 
 

@@ -26,7 +26,7 @@ class FolderError(ValueError):
 
 
 class ResultsFolder:
-    """A new folder and the only way the demo writes into it.
+    """A new folder and the only way a command writes into it.
 
     Attributes:
         path: of the folder, which exists.
@@ -54,9 +54,14 @@ class ResultsFolder:
 
     @classmethod
     def create(
-        cls, out: Path | None, *, base: Path = Path("results"), now: datetime | None = None
+        cls,
+        out: Path | None,
+        *,
+        kind: str,
+        base: Path = Path("results"),
+        now: datetime | None = None,
     ) -> ResultsFolder:
-        """Make ``out``, or ``base/demo-YYYYmmdd-HHMMSS`` with a suffix if that is taken.
+        """Make ``out``, or ``base/KIND-YYYYmmdd-HHMMSS`` with a suffix if that is taken.
 
         Raises:
             FolderError: as :meth:`check`, or the folder cannot be made.
@@ -66,7 +71,7 @@ class ResultsFolder:
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 return cls(out)
-            stamp = (now or datetime.now()).strftime("demo-%Y%m%d-%H%M%S")
+            stamp = (now or datetime.now()).strftime(f"{kind}-%Y%m%d-%H%M%S")
             for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
                 try:
                     (base / (stamp + suffix)).mkdir(parents=True)
@@ -132,7 +137,7 @@ def _version(distribution: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the source tree the package is imported from, ``-dirty`` if it was changed."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None

@@ -10,26 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from lucid_attention.demo.results import FolderError, ResultsFolder, environment_facts
+from lucid_attention.results import FolderError, ResultsFolder, environment_facts
 
 NOON = datetime(2026, 11, 22, 12, 0, 5)
 
 
 def test_dated_folders_never_collide(tmp_path: Path) -> None:
-    names = [ResultsFolder.create(None, base=tmp_path, now=NOON).path.name for _ in range(3)]
+    names = [
+        ResultsFolder.create(None, kind="demo", base=tmp_path, now=NOON).path.name for _ in range(3)
+    ]
     assert names == ["demo-20261122-120005", "demo-20261122-120005-2", "demo-20261122-120005-3"]
 
 
 def test_a_new_and_an_empty_folder_are_taken(tmp_path: Path) -> None:
     new = tmp_path / "a" / "b"
-    assert ResultsFolder.create(new).path == new
-    assert ResultsFolder.create(new).path.is_dir()
+    assert ResultsFolder.create(new, kind="demo").path == new
+    assert ResultsFolder.create(new, kind="demo").path.is_dir()
 
 
 def test_a_used_folder_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FolderError, match="is not empty; name a new or an empty folder"):
-        ResultsFolder.create(tmp_path)
+        ResultsFolder.create(tmp_path, kind="demo")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -37,9 +39,9 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine")
     with pytest.raises(FolderError, match="is a file"):
-        ResultsFolder.create(path)
+        ResultsFolder.create(path, kind="demo")
     with pytest.raises(FolderError, match="cannot be made"):
-        ResultsFolder.create(path / "below")
+        ResultsFolder.create(path / "below", kind="demo")
     assert path.read_text() == "mine"
 
 
@@ -47,11 +49,11 @@ def test_a_thousand_runs_in_one_second_are_refused(tmp_path: Path) -> None:
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         (tmp_path / f"demo-20261122-120005{suffix}").mkdir()
     with pytest.raises(FolderError, match="are taken"):
-        ResultsFolder.create(None, base=tmp_path, now=NOON)
+        ResultsFolder.create(None, kind="demo", base=tmp_path, now=NOON)
 
 
 def test_files_replace_their_older_selves_whole(tmp_path: Path) -> None:
-    folder = ResultsFolder.create(tmp_path / "new")
+    folder = ResultsFolder.create(tmp_path / "new", kind="demo")
     folder.write_json("numbers.json", {"a": [1.5, math.nan, math.inf], "b": (1, None)})
     folder.write_json("numbers.json", {"a": [1.5, math.nan, -math.inf], "b": (2, None)})
     folder.write_csv("table.csv", ("x", "y"), [(1, "a,b"), (2, "c")])
@@ -62,7 +64,7 @@ def test_files_replace_their_older_selves_whole(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
-    folder = ResultsFolder.create(tmp_path / "new")
+    folder = ResultsFolder.create(tmp_path / "new", kind="demo")
     folder.write_json("numbers.json", {"a": 1})
     with pytest.raises(TypeError):
         folder.write_json("numbers.json", {"a": object()})

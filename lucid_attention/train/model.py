@@ -1,0 +1,144 @@
+"""The model of a training: a Llama, or what Llama is without position encoding; new or from a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SmolLM3Config,
+)
+
+from lucid_attention.hf import enable
+
+from .configuration import TrainConfig, TrainError
+
+__all__ = ["build_model", "model_config", "use_fused_loss"]
+
+
+def model_config(config: TrainConfig, vocabulary: int, tokenizer: Any = None) -> PreTrainedConfig:
+    """The stock config of a new model. Without position encoding it is SmolLM3's, every layer a NoPE layer:
+    SmolLM3 is Llama but for that choice.
+    """
+    size = config.size()
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": size["width"],
+        "intermediate_size": size["mlp_width"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv_heads"],
+        "head_dim": size["head_dim"],
+        "max_position_embeddings": config.length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_token_id,
+        "eos_token_id": end,
+        "pad_token_id": None,
+    }
+    if config.position == "nope":
+        return SmolLM3Config(**common, no_rope_layers=[0] * size["layers"])
+    theta = config.rope_theta or 10000.0
+    return LlamaConfig(**common, rope_parameters={"rope_type": "default", "rope_theta": theta})
+
+
+def build_model(
+    config: TrainConfig, vocabulary: int, *, seed: int, tokenizer: Any = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model that is trained, in float32, LUCID already; softmax is LUCID of strength 0.
+
+    Two trainings of one seed that differ in attention alone begin from the same weights.
+
+    Args:
+        vocabulary: of the tokenizer.
+        seed: of new weights.
+        device: "meta" builds no weights.
+
+    Raises:
+        TrainError: the checkpoint cannot be loaded, LUCID cannot take it, or its vocabulary is smaller than the
+            tokenizer's.
+    """
+    if config.init_from is None:
+        stock = model_config(config, vocabulary, tokenizer)
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            model: Any = AutoModelForCausalLM.from_config(stock)
+    else:
+        model = _from_checkpoint(config, device)
+        held = model.get_input_embeddings().weight.shape[0]
+        if vocabulary > held:
+            raise TrainError(
+                f"tokenizer: has {vocabulary} tokens and the checkpoint {config.init_from} only {held}; give the "
+                "tokenizer that the checkpoint was trained with"
+            )
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and most < config.length:
+            model.config.max_position_embeddings = config.length
+    strength: float | str = config.strength
+    if config.attention == "softmax" or config.strength_steps:
+        strength = 0.0
+    layers = None if config.lucid_layers is None else list(config.lucid_layers)
+    try:
+        enable(model, layers=layers, strength=strength)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
+    return model
+
+
+def _from_checkpoint(config: TrainConfig, device: str) -> Any:
+    source = config.init_from
+    try:
+        found: Any = AutoConfig.from_pretrained(source)
+        if config.rope_theta is not None:
+            if not getattr(found, "rope_parameters", None):
+                raise TrainError(f"rope_theta: the checkpoint {source} has no RoPE")
+            found.rope_parameters = {**found.rope_parameters, "rope_theta": config.rope_theta}
+        if device == "meta":
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(found)
+        return AutoModelForCausalLM.from_pretrained(source, config=found, dtype=torch.float32)
+    except TrainError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise TrainError(f"init_from {source}: cannot be loaded: {first}") from None
+
+
+def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
+    """Replace the output layer and the cross-entropy by liger-kernel's, which never forms the logits.
+
+    Returns:
+        What is used now: "liger" or "none".
+
+    Raises:
+        TrainError: "liger" was asked for and cannot be had.
+    """
+    reason = None
+    if find_spec("liger_kernel") is None:
+        reason = "liger-kernel is not installed (pip install liger-kernel)"
+    elif device.type != "cuda":
+        reason = f"liger-kernel's kernels run on a GPU, and this is a {device.type}"
+    if choice == "none" or (choice == "auto" and reason is not None):
+        return "none"
+    if reason is not None:
+        raise TrainError(f"fused_loss: {reason}; take fused_loss: none")
+    from liger_kernel.transformers import monkey_patch
+
+    family = type(model.config).lucid_stock_class.model_type
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(family)
+    if patch is None:
+        if choice == "auto":
+            return "none"
+        raise TrainError(f"fused_loss: liger-kernel does not know {family}; take fused_loss: none")
+    # The loss alone: what else it has would change both sides of a comparison with other models.
+    switches = [n for n, p in inspect.signature(patch).parameters.items() if n != "model"]
+    patch(model=model, **{name: name == "fused_linear_cross_entropy" for name in switches})
+    return "liger"

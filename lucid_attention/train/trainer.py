@@ -1,0 +1,72 @@
+"""Transformers' Trainer, with tokens a second in its logs; what it does with rows and with answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from .progress import Meter
+
+__all__ = ["MeteredTrainer", "accuracy", "likeliest", "stack"]
+
+
+class MeteredTrainer(Trainer):
+    """The Trainer, with tokens a second in its logs."""
+
+    meter: Meter
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.read(self.state.global_step, self.args.device))
+        super().log(logs, start_time)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.meter.step is None:
+            self.meter.start(self.state.global_step)
+        return super().training_step(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with _LeftOut(self.meter):
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The cache is off while training only: whoever loads a checkpoint wants to generate."""
+        self.model.config.use_cache = True
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            self.model.config.use_cache = self.args.use_cache
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with _LeftOut(self.meter):
+            super()._save_checkpoint(*args, **kwargs)
+
+
+class _LeftOut:
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.leave_out(time.perf_counter() - self.since)
+
+
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def likeliest(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    likeliest, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    asked = labels != -100
+    return {"accuracy": float(np.mean(likeliest[asked] == labels[asked]))}

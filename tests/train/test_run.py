@@ -1,0 +1,245 @@
+"""Whole trainings at tiny sizes: what they leave, that killed ones go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lucid_attention.hf import strengths
+from lucid_attention.results import FolderError
+from lucid_attention.train import TrainConfig, TrainError, train
+from lucid_attention.train.run import continue_training, describe, last_checkpoint
+
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 2, "save_steps": 3, "eval_steps": 3,
+    "report_to": "none", "use_cpu": True, "learning_rate": 3e-3,
+}  # fmt: skip
+WORDS = [
+    "the cat sat on the mat",
+    "a dog ran",
+    "naïve birds sing in the tall green tree by the lake",
+]
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(6):
+        words = " ".join(WORDS[(number + k) % 3] for k in range(60))
+        (folder / f"{number}.txt").write_text(words, encoding="utf-8")
+    return folder
+
+
+def config(novel: Path, **settings: Any) -> TrainConfig:
+    sizes = {"layers": 2, "width": 32, "head_dim": 12, "heads": 4, "kv_heads": 2, "length": 48}
+    return TrainConfig(**{"text": str(novel), "vocabulary": 280, "validation_share": 0.1, **sizes, **settings})  # fmt: skip
+
+
+def run(settings: TrainConfig, out: Path, **changes: Any) -> Any:
+    return train(settings, {**ARGUMENTS, **changes}, out=out, say=lambda line: None, quiet=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_a_training_leaves(novel: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    outcome = train(config(novel), {**ARGUMENTS, "max_steps": 8, "report_to": "tensorboard"},
+                    out=tmp_path / "run", say=said.append, quiet=True)  # fmt: skip
+    folder = outcome.folder
+    assert outcome.finished and outcome.step == 8 and 0 < outcome.loss < 10
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml", "environment.json", "tokenizer", "data", "model", "log.csv", "loss.png", "runs", "checkpoint-8",
+    }  # fmt: skip
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [int(r["step"]) for r in rows if r["loss"]] == [2, 4, 6, 8]
+    assert all(float(r["tokens_per_s"]) > 0 for r in rows if r["loss"])
+    assert [int(r["step"]) for r in rows if r["eval_loss"]] == [3, 6, 8]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "runs").rglob("events.out.tfevents*"))
+    model = AutoModelForCausalLM.from_pretrained(outcome.model)
+    assert type(model).__name__ == "LucidLlamaForCausalLM" and model.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(outcome.model)
+    ids = tokenizer("the cat sat", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert said[0].startswith("reading") and any(
+        "parameters: 2 layers of width 32" in s for s in said
+    )
+    assert any("tokens to train on, seen" in s for s in said)
+
+
+def test_softmax_leaves_a_stock_model(novel: Path, tmp_path: Path) -> None:
+    outcome = run(config(novel, attention="softmax", position="nope"), tmp_path / "run")
+    assert json.loads((outcome.model / "config.json").read_text())["model_type"] == "smollm3"
+    model = AutoModelForCausalLM.from_pretrained(outcome.model)
+    assert type(model).__name__ == "SmolLM3ForCausalLM"
+    left = weights(outcome.folder / "checkpoint-6")
+    assert all(torch.equal(left[n], p) for n, p in model.state_dict().items() if n in left)
+
+
+def test_attentions_see_the_same_data(novel: Path, tmp_path: Path) -> None:
+    """At strength 0 LUCID is softmax: the losses of whole trainings agree bit for bit."""
+    losses = []
+    for name, settings in (("s", {"attention": "softmax"}), ("l", {"strength": 0.0}), ("b", {})):
+        outcome = run(config(novel, **settings), tmp_path / name)
+        losses.append(outcome.loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_nothing_is_overwritten(novel: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FolderError, match="is not empty"):
+        run(config(novel), out)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    (out / "config.yaml").write_text("")
+    with pytest.raises(TrainError, match="holds a training; go on with it by --resume"):
+        run(config(novel), out)
+
+
+def test_a_mistake_leaves_no_folder(novel: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="no such file"):
+        run(config(novel, text="nowhere"), tmp_path / "a")
+    with pytest.raises(TrainError, match=r"is too short, [\d,]+ tokens, [\d,]+ of them held out: expected at least 2 rows of 5000"):  # fmt: skip
+        run(config(novel, length=5000), tmp_path / "b")
+    with pytest.raises(TrainError, match="TrainingArguments"):
+        run(config(novel), tmp_path / "c", lr_scheduler_type="zigzag")
+    assert list(tmp_path.iterdir()) == []
+
+
+def start(novel: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    """`lucid train` in a process of its own."""
+    sizes = {
+        **config(novel).size(),
+        "length": 48,
+        "vocabulary": 280,
+        "validation_share": 0.1,
+        "text": novel,
+    }
+    sizes |= {**ARGUMENTS, "max_steps": 40, "save_steps": 5}
+    path = out.with_suffix(".yaml")
+    path.write_text("\n".join(f"{name}: {value}" for name, value in sizes.items()))
+    command = [
+        sys.executable,
+        "-m",
+        "lucid_attention",
+        "train",
+        str(path),
+        "--out",
+        str(out),
+        *more,
+    ]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_goes_on(
+    how: signal.Signals, novel: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Weights, optimiser and losses are bit for bit those of the training that nobody stopped."""
+    process = start(novel, tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoint-5" / "trainer_state.json", process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    stopped = last_checkpoint(tmp_path / "run")
+    assert stopped is not None and int(stopped.name.split("-")[1]) < 40
+    if how != signal.SIGKILL:
+        assert process.returncode == 130 and b"lucid train --resume" in errors
+        assert (tmp_path / "run" / "log.csv").exists()
+    (tmp_path / "run" / "checkpoint-39").mkdir()  # one that was not written to its end
+    shutil.copy(stopped / "model.safetensors", tmp_path / "run" / "checkpoint-39")
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    said: list[str] = []
+    outcome = continue_training(tmp_path / "moved", say=said.append, quiet=True)
+    assert outcome.finished and f"going on from {stopped.name}" in said
+    assert "checkpoint-39 was not written to its end and is left out" in said
+    expected = weights(uninterrupted / "model")
+    assert all(torch.equal(x, expected[n]) for n, x in weights(outcome.model).items())
+    moments = [torch.load(f / "checkpoint-40" / "optimizer.pt")["state"] for f in (outcome.folder, uninterrupted)]  # fmt: skip
+    for index, state in moments[0].items():
+        assert torch.equal(state["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
+    logs = [list(csv.DictReader((f / "log.csv").open())) for f in (outcome.folder, uninterrupted)]
+    assert [(r["step"], r["eval_loss"]) for r in logs[0]] == [(r["step"], r["eval_loss"]) for r in logs[1]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(novel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    process = start(novel, out)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors.decode()
+    return out
+
+
+def test_more_steps_later(novel: Path, tmp_path: Path) -> None:
+    outcome = run(config(novel), tmp_path / "run", lr_scheduler_type="constant")
+    before = weights(outcome.model)
+    longer = continue_training(outcome.folder, ["max_steps=9"], say=lambda line: None, quiet=True)
+    assert longer.step == 9 and longer.finished
+    assert not torch.equal(weights(longer.model)["lm_head.weight"], before["lm_head.weight"])
+    whole = run(config(novel), tmp_path / "whole", lr_scheduler_type="constant", max_steps=9)
+    assert torch.equal(weights(whole.model)["lm_head.weight"], weights(longer.model)["lm_head.weight"])  # fmt: skip
+    with pytest.raises(TrainError, match="learning_rate: cannot change when a training goes on"):
+        continue_training(outcome.folder, ["learning_rate=1"])
+    with pytest.raises(TrainError, match="is no folder of lucid train"):
+        continue_training(tmp_path)
+
+
+def test_strength_rises_and_is_saved(novel: Path, tmp_path: Path) -> None:
+    outcome = run(config(novel, strength=0.8, strength_steps=4), tmp_path / "run")
+    early = json.loads((outcome.folder / "checkpoint-3" / "config.json").read_text())["lucid"]
+    assert early["strength"] == pytest.approx(0.6)
+    assert (strengths(AutoModelForCausalLM.from_pretrained(outcome.model)) == 0.8).all()
+    learned = run(config(novel, strength="learned"), tmp_path / "learned")
+    found = strengths(AutoModelForCausalLM.from_pretrained(learned.model))
+    assert found.shape == (2, 2)
+    names = [n for n in weights(learned.model) if "strength" in n]
+    assert len(names) == 2
+
+
+def test_a_checkpoint_is_moved_to_lucid(novel: Path, tmp_path: Path) -> None:
+    first = run(config(novel, attention="softmax"), tmp_path / "first")
+    moved = TrainConfig(text=str(novel), init_from=str(first.model), length=48, validation_share=0.1)  # fmt: skip
+    outcome = run(moved, tmp_path / "second", max_steps=2)
+    assert type(AutoModelForCausalLM.from_pretrained(outcome.model)).__name__.startswith("Lucid")
+    tokens = [(f / "data" / "tokens.bin").read_bytes() for f in (first.folder, outcome.folder)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_task_is_learnt(tmp_path: Path) -> None:
+    """Of four values: guessing is right in a quarter of the cases."""
+    settings = TrainConfig(
+        task="memory", task_options={"keys": 4, "values": 4, "query_share": 0.5}, layers=2, width=64,
+        head_dim=16, length=32, position="nope",
+    )  # fmt: skip
+    outcome = run(settings, tmp_path / "run", max_steps=200, per_device_train_batch_size=32, eval_steps=200, save_steps=200)  # fmt: skip
+    last = list(csv.DictReader((outcome.folder / "log.csv").open()))[-1]
+    assert float(last["eval_accuracy"]) > 0.9
+
+
+def test_a_dry_run_trains_nothing() -> None:
+    settings = TrainConfig(text="nowhere", layers=22, width=2048, heads=32, kv_heads=4, head_dim=68)
+    lines = describe(settings, {"bf16": True, "max_steps": 100})
+    assert "22 layers of width 2048, 32 heads (4 KV) of 68" in lines[0]
+    assert lines[1].startswith("training: 100 steps of 8 x 2,048 tokens, 1,638,400 in all")
