@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_generator, check_numbers
+
 __all__ = ["IGNORED", "VERSION", "MemoryBatch", "latest_values", "updatable_memory"]
 
 VERSION = 1
@@ -69,29 +71,12 @@ def updatable_memory(
         >>> draw.target.shape
         torch.Size([2, 10])
     """
-    for name, number, least in (
-        ("batch", batch, 0),
-        ("length", length, 0),
-        ("keys", keys, 1),
-        ("values", values, 1),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an int, got {type(number).__name__} {number!r}")
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    check_numbers(
+        ("batch", batch, 0), ("length", length, 0), ("keys", keys, 1), ("values", values, 1)
+    )
     if not 0.0 <= query_share <= 1.0:
         raise ValueError(f"query_share must be a probability in [0, 1], got {query_share}")
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, got {type(generator).__name__}; "
-            "pass torch.Generator().manual_seed(seed)"
-        )
-    if generator.device.type != "cpu":
-        raise ValueError(
-            f"generator must be a CPU generator, got one on {generator.device}: the batch is drawn "
-            "on the CPU, so that a seed gives the same data everywhere; pass "
-            "torch.Generator().manual_seed(seed) and move the batch"
-        )
+    check_generator(generator)
 
     shape = (batch, length)
     key = torch.randint(keys, shape, generator=generator)

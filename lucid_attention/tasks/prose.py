@@ -1,0 +1,128 @@
+"""Questions about sentences that are scattered over real prose: what the needle tasks have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Needle", "Sample", "scatter", "score", "sentences_of", "words", "words_of"]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One scattered sentence, ``prompt[start:end]``.
+
+    Attributes:
+        key: what it is about: a name.
+        value: what it says of it.
+        depth: 0 at the beginning of the text, 1 at its end.
+    """
+
+    key: str
+    value: str
+    start: int
+    end: int
+    depth: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one text.
+
+    Attributes:
+        prompt: text, question and the beginning of the answer; a model goes on from here.
+        answers: everything that was asked for; `score` looks for it in what a model says.
+        needles: the scattered sentences, in the text's order.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    needles: tuple[Needle, ...]
+
+
+def score(sample: Sample, said: str) -> float:
+    """The share of the answers that occur, as words, in what a model said; RULER's measure.
+
+    Example:
+        >>> from lucid_attention.tasks import Sample, score
+        >>> score(Sample("", ("12", "34"), ()), "12 and 345.")
+        0.5
+    """
+    found = set(re.findall(r"\w+", said.replace(",", "")))
+    return sum(answer in found for answer in sample.answers) / len(sample.answers)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+def words(text: str) -> int:
+    """The length of a text in words."""
+    return len(words_of(text))
+
+
+def sentences_of(prose: str) -> list[str]:
+    """The sentences of a text, each on one line.
+
+    Raises:
+        ValueError: there are none.
+    """
+    text = " ".join(prose.split())
+    found = [s for s in re.split(r"(?<=[.!?]['\"”’]) |(?<=[.!?]) ", text) if s]
+    if not found:
+        raise ValueError("prose must have at least one sentence, got none")
+    return found
+
+
+def scatter(
+    prose: str,
+    length: int,
+    lines: Sequence[tuple[str, str, str]],
+    question: str,
+    count: Callable[[str], int],
+    generator: torch.Generator,
+) -> tuple[str, tuple[Needle, ...]]:
+    """The longest prompt of at most ``length``: prose with lines between its sentences, and a question.
+
+    Args:
+        lines: ``(key, value, sentence)``, in the order in which they will stand; at random depths.
+
+    Raises:
+        ValueError: lines and question alone are longer.
+    """
+    sentences = sentences_of(prose)
+    first = int(torch.randint(len(sentences), (), generator=generator))
+    places = torch.rand(len(lines), generator=generator).sort().values.tolist()
+
+    def prompt(size: int) -> tuple[str, tuple[Needle, ...]]:
+        parts: list[str] = []
+        found: list[tuple[str, str, int, int]] = []
+        at, waiting = 0, list(zip(places, lines, strict=True))
+        for number in range(size + 1):
+            while waiting and (number == size or waiting[0][0] * (size + 1) < number + 1):
+                key, value, line = waiting.pop(0)[1]
+                found.append((key, value, at, at + len(line)))
+                parts.append(line)
+                at += len(line) + 1
+            if number < size:
+                parts.append(sentences[(first + number) % len(sentences)])
+                at += len(parts[-1]) + 1
+        body = " ".join(parts)
+        needles = tuple(Needle(*n, depth=n[2] / max(1, len(body))) for n in found)
+        return body + question, needles
+
+    if count(prompt(0)[0]) > length:
+        raise ValueError(
+            f"length must hold the sentences to be found and the question, {count(prompt(0)[0])}, got {length}"
+        )
+    low, high = 0, 1
+    while count(prompt(high)[0]) <= length:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(prompt(middle)[0]) <= length else (low, middle)
+    return prompt(low)
