@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 
-.PHONY: help demo test test-slow test-gpu test-hf-newest lint format typecheck bench bench-gpu bench-decode clean
+.PHONY: help demo test test-slow test-gpu test-browser test-hf-newest lint format typecheck bench bench-gpu bench-decode clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -20,20 +20,23 @@ demo: $(STAMP) ## what LUCID does, in about three minutes on two cores
 	$(BIN)/lucid demo
 
 test: $(STAMP) lint typecheck ## everything but slow and GPU tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not browser'
 
 test-slow: $(STAMP) ## the tests that take longer
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu and not browser'
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(STAMP) ## `lucid inspect`'s page in a real browser: needs chromium or google-chrome (Debian: apt install chromium)
+	$(BIN)/python -m pytest -m browser
 
 test-hf-newest: ## the Hugging Face tests on the newest supported transformers, in an environment of its own
 	$(PYTHON) -m venv $(NEWEST)
 	grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/constraints.txt torch
 	$(NEWEST)/bin/python -m pip install --quiet -c $(NEWEST)/constraints.txt -e '.[dev]' 'transformers==5.23.0'
-	$(NEWEST)/bin/python -m pytest -n 2 -m 'not slow and not gpu' tests/hf
+	$(NEWEST)/bin/python -m pytest -n 2 -m 'not slow and not gpu and not browser' tests/hf
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

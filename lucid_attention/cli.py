@@ -81,12 +81,22 @@ def build_app() -> typer.Typer:
     resume_option = typer.Option(
         None, "--resume", metavar="DIR", help="Go on with the run in this folder."
     )
+    inspect_option = typer.Option(
+        None,
+        "--out",
+        metavar="DIR",
+        help="Folder for the results, new or empty. [default: results/inspect-YYYYmmdd-HHMMSS]",
+    )
     file_option = typer.Option(
         None,
         "--file",
         "-f",
         metavar="FILE",
         help="UTF-8 text to continue; - is standard input.",
+    )
+
+    text_file_option = typer.Option(
+        None, "--file", "-f", metavar="FILE", help="UTF-8 text to look at; - is standard input."
     )
 
     @app.callback()
@@ -239,5 +249,62 @@ def build_app() -> typer.Typer:
         print(f"\nlucid generate: {summary}", file=sys.stderr)
         if summary.interrupted:
             raise typer.Exit(_INTERRUPTED)
+
+    @app.command("inspect")
+    def inspect_command(
+        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        prompt: str | None = typer.Option(None, "--prompt", "-p", help="The text to look at."),
+        file: Path | None = text_file_option,
+        needle: str | None = typer.Option(
+            None, "--needle", help="A part of the text that its end ought to attend to."
+        ),
+        layers: str | None = typer.Option(
+            None,
+            "--layers",
+            show_default="first, middle, last",
+            help="Whose maps are drawn: 0,5,11. All layers are measured.",
+        ),
+        strength: float | None = typer.Option(
+            None,
+            "--strength",
+            show_default="the model's own; 1 in softmax layers",
+            help="Of the preconditioner that is looked at, 0 to 1.",
+        ),
+        dtype: str = typer.Option(
+            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
+        ),
+        device: str | None = typer.Option(
+            None, "--device", show_default="cuda where there is one", help="Where it runs."
+        ),
+        out: Path | None = inspect_option,
+    ) -> None:
+        """Look inside a checkpoint: its attention on a text, before and after preconditioning.
+
+        Written to the results folder, which is never overwritten: page.html (every head's maps, the text coloured by what a token
+        attends to, the numbers; it needs nothing else), maps.png (means over heads), diagnostics.csv and .json: for each KV
+        head the mean cosine of keys, row sums of P, ||Y||/||V||, the condition number of L, the attention on the first token, the
+        error of the solve, and with --needle the attention on it, of A and of A L^-1.
+
+        Exit codes: 0 done, 2 bad input.
+        """
+        from lucid_attention.generate import GenerateError, load, read_prompt
+        from lucid_attention.probes.inspect import InspectError, inspect_text
+        from lucid_attention.results import FolderError
+
+        try:
+            chosen = None if layers is None else [int(x) for x in layers.split(",")]
+        except ValueError:
+            print(f"lucid inspect: --layers: expected numbers such as 0,5,11, got {layers!r}", file=sys.stderr)  # fmt: skip
+            raise typer.Exit(_BAD_INPUT) from None
+        try:
+            text = read_prompt(prompt, file)
+            loaded, tokenizer = load(model, dtype=dtype, device=device)
+            found = inspect_text(
+                loaded, tokenizer, text, out=out, needle=needle, layers=chosen, strength=strength
+            )
+        except (GenerateError, InspectError, FolderError) as error:
+            print(f"lucid inspect: {error}", file=sys.stderr)
+            raise typer.Exit(_BAD_INPUT) from None
+        print(f"{found.note}\n{found.folder / 'page.html'}")
 
     return app
