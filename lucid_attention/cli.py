@@ -81,6 +81,18 @@ def build_app() -> typer.Typer:
     resume_option = typer.Option(
         None, "--resume", metavar="DIR", help="Go on with the run in this folder."
     )
+    prose_option = typer.Option(
+        None,
+        "--prose",
+        metavar="FILE",
+        help="Text that needles are hidden in. [default: Persuasion]",
+    )
+    eval_option = typer.Option(
+        None,
+        "--out",
+        metavar="DIR",
+        help="Folder for the results, new or empty. [default: results/eval-YYYYmmdd-HHMMSS]",
+    )
     inspect_option = typer.Option(
         None,
         "--out",
@@ -249,6 +261,61 @@ def build_app() -> typer.Typer:
         print(f"\nlucid generate: {summary}", file=sys.stderr)
         if summary.interrupted:
             raise typer.Exit(_INTERRUPTED)
+
+    @app.command("eval")
+    def eval_command(
+        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        tasks: str = typer.Option(
+            "needles", "--tasks", "-t", help="needles, tracking:hops=2, niah_single_1, ruler, ..."
+        ),
+        lengths: str = typer.Option("1024", "--lengths", help="In tokens: 1024,4096."),
+        limit: int = typer.Option(100, "--limit", help="Samples of each task and length."),
+        batch_size: int = typer.Option(1, "--batch-size", help="Rows at once."),
+        seed: int = typer.Option(1, "--seed", min=0, help="Of the samples."),
+        prose: Path | None = prose_option,
+        strength: float | None = typer.Option(
+            None,
+            "--strength",
+            show_default="as the model was saved",
+            help="Switch to LUCID of this strength, 0 to 1.",
+        ),
+        dtype: str = typer.Option(
+            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
+        ),
+        device: str | None = typer.Option(
+            None, "--device", show_default="cuda where there is one", help="Where it runs."
+        ),
+        out: Path | None = eval_option,
+    ) -> None:
+        """Evaluate a checkpoint: needles in prose, variable tracking, and lm-evaluation-harness.
+
+        Tasks, with commas between them: needles and tracking, with dials (needles:keys=4:values=2:queries=2,
+        tracking:chains=2:hops=4), need nothing; any other name is lm-evaluation-harness's (ruler, babilong, longbench,
+        scrolls_qasper, ...). Of RULER, niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe and
+        ruler_fwe need no network; others say so at once where there is none.
+
+        Written to the results folder, which is never overwritten: results.json, .csv and .md, accuracy.png, samples.jsonl (what
+        was asked and said) and lm_eval.json (the harness's own results).
+
+        Exit codes: 0 done, 2 bad input.
+        """
+        from lucid_attention.evaluate import EvalError, evaluate
+        from lucid_attention.evaluate.run import table
+        from lucid_attention.results import FolderError
+
+        try:
+            try:
+                wanted = [int(x) for x in lengths.split(",")]
+            except ValueError:
+                raise EvalError(f"--lengths: expected numbers such as 1024,4096, got {lengths!r}") from None  # fmt: skip
+            found = evaluate(
+                model, [t for t in tasks.split(",") if t], lengths=wanted, limit=limit, batch_size=batch_size, seed=seed,
+                prose=prose, dtype=dtype, device=device, strength=strength, out=out,
+            )  # fmt: skip
+        except (EvalError, FolderError) as error:
+            print(f"lucid eval: {error}", file=sys.stderr)
+            raise typer.Exit(_BAD_INPUT) from None
+        print(f"{table(found.rows)}\n{found.folder}")
 
     @app.command("inspect")
     def inspect_command(

@@ -69,6 +69,19 @@ def test_a_dataset_that_cannot_be_had() -> None:
         list(documents_of(TrainConfig(dataset="allenai/c4:en")))
 
 
+@pytest.mark.skipif(not find_spec("datasets"), reason="needs the datasets library")
+def test_a_dataset_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    rows = [{"text": "one"}, {"text": " "}, {"text": "two"}]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(documents_of(TrainConfig(dataset=str(tmp_path / "data")))) == ["one", "two"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.jsonl").write_text('{"words": "one"}')
+    with pytest.raises(TrainError, match='expected a column "text", got words'):
+        list(documents_of(TrainConfig(dataset=str(tmp_path / "other"))))
+
+
 def test_tokenizers(tmp_path: Path) -> None:
     text = "the cat sat on the mat, naïvely\n" * 50
     trained = train_tokenizer([text], 300)
