@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 
-.PHONY: help demo test test-slow test-gpu test-browser test-hf-newest lint format typecheck bench bench-gpu bench-decode clean
+.PHONY: help demo test test-slow test-gpu test-browser test-hf-newest lint format typecheck bench bench-gpu bench-decode bench-train clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -54,6 +54,9 @@ bench: $(STAMP) ## the CPU benchmark of the solve: CSV and plot in benchmarks/re
 
 bench-decode: $(STAMP) ## the GPU benchmark of decoding beside softmax attention (needs a CUDA device)
 	$(BIN)/python -m benchmarks.decode_gpu
+
+bench-train: $(STAMP) ## the GPU benchmark of the 1B model's training step (needs a CUDA device)
+	$(BIN)/python -m benchmarks.train_gpu
 
 bench-gpu: $(STAMP) ## the GPU benchmark of the solve beside softmax attention (needs a CUDA device)
 	$(BIN)/python -m benchmarks.solve_gpu
