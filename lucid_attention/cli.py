@@ -93,6 +93,12 @@ def build_app() -> typer.Typer:
         metavar="DIR",
         help="Folder for the results, new or empty. [default: results/eval-YYYYmmdd-HHMMSS]",
     )
+    reproduce_option = typer.Option(
+        None,
+        "--out",
+        metavar="DIR",
+        help="Folder of the experiment, new, empty, or to go on with. [default: results/NAME-YYYYmmdd-HHMMSS]",
+    )
     inspect_option = typer.Option(
         None,
         "--out",
@@ -316,6 +322,51 @@ def build_app() -> typer.Typer:
             print(f"lucid eval: {error}", file=sys.stderr)
             raise typer.Exit(_BAD_INPUT) from None
         print(f"{table(found.rows)}\n{found.folder}")
+
+    @app.command("reproduce")
+    def reproduce_command(
+        name: str | None = typer.Argument(None, help="An experiment; --list names them."),
+        listed: bool = typer.Option(
+            False, "--list", help="All experiments, their claims and times."
+        ),
+        seeds: int = typer.Option(3, "--seeds", help="1 to so many, the same for both attentions."),
+        tiny: bool = typer.Option(False, "--tiny", help="Check the machinery, not the claim."),
+        minutes: float | None = typer.Option(
+            None, "--minutes", help="Begin no cell after so long; the same command goes on."
+        ),
+        device: str | None = typer.Option(
+            None, "--device", show_default="cuda where there is one", help="Where it runs."
+        ),
+        out: Path | None = reproduce_option,
+    ) -> None:
+        """Reproduce a row of docs/evidence.md: LUCID beside softmax, paired seeds, spread.
+
+        Written to the folder: cells/ (what is finished; the same command with the same --out goes on), results.csv,
+        summary.md (means, deviations, paired differences with their standard errors) and plot.png.
+
+        Exit codes: 0 done, 2 bad input.
+        """
+        from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, reproduce
+        from lucid_attention.results import FolderError
+
+        if listed:
+            for one in EXPERIMENTS.values():
+                cpu = "" if one.cpu_minutes is None else f", {one.cpu_minutes:g} min on a CPU"
+                print(f"{one.name:12} {one.gpu_minutes:g} min on a GPU{cpu}: {one.claim}")
+            return
+        try:
+            if name is None or name not in EXPERIMENTS:
+                raise ReproduceError(f"expected one of {', '.join(EXPERIMENTS)}, got {name}")
+            folder = reproduce(
+                EXPERIMENTS[name], out=out, seeds=seeds, device=device, tiny=tiny,
+                most_seconds=None if minutes is None else 60 * minutes,
+            )  # fmt: skip
+        except (ReproduceError, FolderError) as error:
+            print(f"lucid reproduce: {error}", file=sys.stderr)
+            raise typer.Exit(_BAD_INPUT) from None
+        summary = folder / "summary.md"
+        print(summary.read_text() if summary.exists() else "no cell is finished")
+        print(folder)
 
     @app.command("inspect")
     def inspect_command(

@@ -1,0 +1,227 @@
+"""What every experiment is: cells that are run one by one, kept as they finish, and summed up over seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lucid_attention.results import ResultsFolder, environment_facts
+
+__all__ = ["Cell", "Experiment", "Paired", "ReproduceError", "paired", "reproduce"]
+
+Row = dict[str, Any]
+Cell = dict[str, Any]
+"""What is varied, by name; JSON holds it."""
+
+
+class ReproduceError(ValueError):
+    """Something the user can put right; its message is one line."""
+
+
+class Experiment(ABC):
+    """One group of claims.
+
+    Attributes:
+        name: on the command line.
+        claim: what it is about, in a line.
+        gpu_minutes, cpu_minutes: what it takes at full size; None: too long to be useful.
+        version: goes up when the same settings would give other results.
+        tasks: by which rows are told apart, with the seed; ``metric``: what was measured, and whether more is better.
+    """
+
+    name: str
+    claim: str
+    gpu_minutes: float
+    cpu_minutes: float | None
+    version: int = 1
+
+    @abstractmethod
+    def cells(self, tiny: bool) -> list[Cell]:
+        """Every setting, the cheap ones first."""
+
+    @abstractmethod
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        """Rows of one cell, each with its ``seed``; ``tick`` is told of steps."""
+
+    @abstractmethod
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        """How often ``tick`` will be told of one."""
+
+    @abstractmethod
+    def summary(self, rows: list[Row]) -> str:
+        """Markdown: what was found, with spread, and verdicts."""
+
+    @abstractmethod
+    def plot(self, rows: list[Row]) -> bytes:
+        """A PNG."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference between two settings over the same seeds.
+
+    Attributes:
+        mean, error: of the differences; the error is the standard error of their mean.
+        seeds: how many.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether it exceeds two standard errors, of three seeds or more."""
+        return self.seeds >= 3 and abs(self.mean) > 2 * self.error
+
+    @property
+    def seeds_to_resolve(self) -> float:
+        """How many seeds of this spread would make this mean exceed two standard errors."""
+        if self.seeds < 2 or self.mean == 0:
+            return math.inf
+        spread = self.error * math.sqrt(self.seeds)
+        return max(3.0, math.ceil((2 * spread / abs(self.mean)) ** 2 - 1e-6))
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.error:.3f} ({self.seeds} seeds)"
+
+
+def paired(ours: Iterable[Row], theirs: Iterable[Row], metric: str) -> Paired:
+    """Ours minus theirs, seed by seed; seeds that only one side has are left out."""
+    right = {row["seed"]: float(row[metric]) for row in theirs}
+    gaps = [float(row[metric]) - right[row["seed"]] for row in ours if row["seed"] in right]
+    if not gaps:
+        return Paired(math.nan, math.nan, 0)
+    mean = sum(gaps) / len(gaps)
+    if len(gaps) < 2:
+        return Paired(mean, math.nan, len(gaps))
+    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
+    return Paired(mean, spread / math.sqrt(len(gaps)), len(gaps))
+
+
+def spread_of(rows: Iterable[Row], metric: str) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    values = [float(row[metric]) for row in rows]
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+def reproduce(
+    experiment: Experiment,
+    *,
+    out: Path | None = None,
+    seeds: int = 3,
+    device: str | None = None,
+    tiny: bool = False,
+    most_seconds: float | None = None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    quiet: bool = False,
+) -> Path:
+    """Run an experiment, or go on with one that was stopped in the same folder.
+
+    Each cell's rows are written when it is finished, ``cells/ID.json``, and a run that goes on leaves out the cells that are
+    there. Then ``results.csv``, ``summary.md`` and ``plot.png``, of all cells so far.
+
+    Args:
+        experiment: from `EXPERIMENTS`.
+        out: the folder: new, empty, or of this experiment with the same seeds and size; None makes ``results/NAME-...``.
+        seeds: 1 to ``seeds``.
+        device: None takes a CUDA device where there is one.
+        tiny: a size that checks the machinery, not the claim.
+        most_seconds: no cell is begun after so long.
+        say, quiet: lines for the user; no progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReproduceError: fewer than one seed, or a folder of another run.
+        FolderError: a folder that holds something else.
+    """
+    if seeds < 1:
+        raise ReproduceError(f"--seeds: expected 1 or more, got {seeds}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
+    folder = _folder(out, experiment, identity)
+    cells = experiment.cells(tiny)
+    waiting = [cell for cell in cells if not _file(folder, cell).is_file()]
+    if len(waiting) < len(cells):
+        say(f"{len(cells) - len(waiting)} of {len(cells)} cells are there already")
+    began = time.monotonic()
+    total = sum(experiment.steps(cell, tiny) for cell in waiting)
+    with tqdm(total=total, desc=experiment.name, unit="step", disable=quiet or None) as bar:
+        for cell in waiting:
+            if most_seconds is not None and time.monotonic() - began > most_seconds:
+                say(f"the time is over; the same command goes on ({out or folder.path})")
+                break
+            bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
+            started = time.perf_counter()
+            found = experiment.run(cell, list(range(1, seeds + 1)), place, tiny, bar.update)
+            seconds = time.perf_counter() - started
+            facts = environment_facts()
+            device_name = torch.cuda.get_device_name() if place.type == "cuda" else "cpu"
+            record = {"cell": cell, "rows": found, "seconds": round(seconds, 2), "device": device_name, **facts}  # fmt: skip
+            target = _file(folder, cell)
+            partial = target.with_suffix(".partial")
+            partial.write_text(json.dumps(record) + "\n")
+            partial.replace(target)
+    rows = load(folder.path, cells)
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        folder.write_csv("results.csv", names, [[row.get(name, "") for name in names] for row in rows])  # fmt: skip
+        folder.write_text("summary.md", experiment.summary(rows))
+        folder.write_bytes("plot.png", experiment.plot(rows))
+    return folder.path
+
+
+def load(folder: Path, cells: Sequence[Cell]) -> list[Row]:
+    """The rows of all finished cells, each with what was varied, in the cells' order."""
+    rows = []
+    for cell in cells:
+        path = folder / "cells" / f"{_identity(cell)}.json"
+        if path.is_file():
+            record = json.loads(path.read_text())
+            rows += [{**cell, **row, "commit": record["commit"], "device": record["device"]} for row in record["rows"]]  # fmt: skip
+    return rows
+
+
+def _folder(out: Path | None, experiment: Experiment, identity: dict[str, Any]) -> ResultsFolder:
+    marker = None if out is None else out / "experiment.json"
+    if marker is not None and marker.is_file():
+        found = json.loads(marker.read_text())
+        if found != identity:
+            raise ReproduceError(
+                f"--out {out}: holds {_said(found)}, not {_said(identity)}; name another folder"
+            )
+        return ResultsFolder(marker.parent)
+    folder = ResultsFolder.create(out, kind=experiment.name)
+    (folder.path / "cells").mkdir()
+    folder.write_json("experiment.json", identity)
+    return folder
+
+
+def _said(identity: dict[str, Any]) -> str:
+    size = "tiny " if identity["tiny"] else ""
+    return f"{size}{identity['experiment']} (version {identity['version']}, {identity['seeds']} seeds)"  # fmt: skip
+
+
+def _file(folder: ResultsFolder, cell: Cell) -> Path:
+    return folder.path / "cells" / f"{_identity(cell)}.json"
+
+
+def _identity(cell: Cell) -> str:
+    text = json.dumps(cell, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,186 @@
+"""The updatable memory: accuracy far beyond the length that was trained, by keys, head size, correlation, position, depth."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lucid_attention.tasks import updatable_memory
+from lucid_attention.tasks.updatable_memory import IGNORED
+
+from .experiment import Cell, Experiment, Row, paired, spread_of
+from .replicas import Replicas, clip_each
+
+__all__ = ["Memory"]
+
+
+class Memory(Experiment):
+    """One or two layers of width 128, trained at one length, tested at up to 32 times that."""
+
+    name = "memory"
+    claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
+    gpu_minutes = 8.0
+    cpu_minutes = None
+
+    values = 64
+    width = 128
+    batch = 32
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """Length and keys of the training grow together: 16 keys at 128, 128 at 512."""
+        if tiny:
+            return [self._cell(a, "nope", 8, 16, 1, 0.0) for a in ("softmax", "lucid")]
+        kinds = list(itertools.product(("softmax", "lucid"), ("nope", "rope")))
+        found = [self._cell(*kind, keys, 64, 1, 0.0) for keys in (16, 128, 512) for kind in kinds]
+        found += [self._cell(*kind, 128, 16, 1, 0.0) for kind in kinds]
+        found += [self._cell(*kind, 128, 64, 2, 0.0) for kind in kinds]
+        found += [self._cell(*kind, 128, 64, 1, c) for c in (0.5, 0.9) for kind in kinds]
+        return found
+
+    @staticmethod
+    def _cell(attention: str, position: str, keys: int, head_dim: int, depth: int, cosine: float) -> Cell:  # fmt: skip
+        return {"attention": attention, "position": position, "keys": keys, "head_dim": head_dim,
+                "depth": depth, "cosine": cosine}  # fmt: skip
+
+    def length(self, cell: Cell, tiny: bool) -> int:
+        """Of the training."""
+        return 32 if tiny else {16: 128, 128: 512, 512: 512}[cell["keys"]]
+
+    def multiples(self, tiny: bool) -> tuple[int, ...]:
+        """Test lengths, of the training's."""
+        return (1, 4) if tiny else (1, 2, 4, 8, 16, 32)
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        return 6 if tiny else 1500
+
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        width = 32 if tiny else self.width
+        model = Replicas(
+            vocabularies=(cell["keys"], self.values + 1), outputs=self.values, width=width,
+            heads=width // cell["head_dim"], depth=cell["depth"], attention=cell["attention"],
+            position=cell["position"], seeds=seeds, cosine=cell["cosine"],
+        ).to(device)  # fmt: skip
+        steps, length = self.steps(cell, tiny), self.length(cell, tiny)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+        )
+        # A draw of its own for every seed, the same for both attentions.
+        data = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+        for _ in range(steps):
+            key, value, target = self._draw(cell, self.batch, length, data, device)
+            logits = model(key, value)
+            loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=IGNORED, reduction="none")  # fmt: skip
+            asked = (target != IGNORED).flatten(1).sum(1)
+            total = (loss.view(len(seeds), -1).sum(1) / asked).sum()
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            clip_each(model, 1.0)
+            optimizer.step()
+            schedule.step()
+            tick(1)
+        return self._test(cell, model, seeds, length, device, tiny)
+
+    @torch.no_grad()
+    def _test(self, cell: Cell, model: Replicas, seeds: Sequence[int], length: int, device: torch.device, tiny: bool) -> list[Row]:  # fmt: skip
+        rows = []
+        for multiple in self.multiples(tiny):
+            data = [torch.Generator().manual_seed(20_000 + 100 * seed + multiple) for seed in seeds]
+            reach = multiple * length
+            right, asked = torch.zeros(len(seeds)), torch.zeros(len(seeds))
+            for _ in range(max(1, (1 << (10 if tiny else 17)) // reach // 4)):
+                key, value, target = self._draw(cell, 4, reach, data, device)
+                late = target[..., reach * 3 // 4 :]
+                answer = model(key, value)[..., reach * 3 // 4 :, :].argmax(-1)
+                right += ((answer == late) & (late != IGNORED)).flatten(1).sum(1).cpu()
+                asked += (late != IGNORED).flatten(1).sum(1).cpu()
+            for index, seed in enumerate(seeds):
+                accuracy = float(right[index] / asked[index])
+                rows.append(
+                    {"seed": seed, "multiple": multiple, "length": reach, "accuracy": accuracy}
+                )
+        return rows
+
+    def _draw(self, cell: Cell, batch: int, length: int, data: list[torch.Generator], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        draws = [updatable_memory(batch, length, keys=cell["keys"], values=self.values, generator=g) for g in data]  # fmt: skip
+        return tuple(torch.stack([d[i] for d in draws]).to(device) for i in range(3))  # type: ignore[return-value]
+
+    def summary(self, rows: list[Row]) -> str:
+        """Accuracy with its deviation, and the paired difference at each length."""
+        multiples = sorted({row["multiple"] for row in rows})
+        lines = [
+            "# Updatable memory",
+            "",
+            "Accuracy on the last quarter of sequences, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
+            "differences ± its standard error, bold where it exceeds two of them.",
+            "",
+            "| position | keys | head size | layers | cosine | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
+            "|---|---|---|---|---|---|" + "---|" * len(multiples),
+        ]  # fmt: skip
+        for setting in dict.fromkeys(_setting(row) for row in rows):
+            mine = [row for row in rows if _setting(row) == setting]
+            label = " | ".join(map(str, setting))
+            for attention in ("softmax", "lucid"):
+                cells = [_cell([r for r in mine if r["attention"] == attention and r["multiple"] == m]) for m in multiples]  # fmt: skip
+                lines.append(f"| {label} | {attention} | " + " | ".join(cells) + " |")
+            gaps = []
+            for m in multiples:
+                at = [r for r in mine if r["multiple"] == m]
+                gap = paired((r for r in at if r["attention"] == "lucid"), (r for r in at if r["attention"] == "softmax"), "accuracy")  # fmt: skip
+                text = "" if gap.seeds == 0 else f"{gap.mean:+.3f} ± {gap.error:.3f}"
+                gaps.append(f"**{text}**" if gap.counts else text)
+            lines.append(f"| {label} | LUCID - softmax | " + " | ".join(gaps) + " |")
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """A panel for each setting: accuracy against length, every seed a thin line."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        settings = list(dict.fromkeys(_setting(row) for row in rows))
+        columns = min(4, len(settings))
+        lines = -(-len(settings) // columns)
+        figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.9 * lines), squeeze=False, sharey=True, layout="constrained")  # fmt: skip
+        for axis, setting in zip(axes.flat, settings, strict=False):
+            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+                mine = [r for r in rows if _setting(r) == setting and r["attention"] == attention]
+                curves: dict[int, list[tuple[float, float]]] = {}
+                for r in sorted(mine, key=lambda r: r["length"]):
+                    curves.setdefault(r["seed"], []).append((r["length"], r["accuracy"]))
+                for number, curve in enumerate(curves.values()):
+                    axis.plot(*zip(*curve, strict=True), color=colour, lw=1, alpha=0.7, label=None if number else attention)  # fmt: skip
+            position, keys, head_dim, depth, cosine = setting
+            axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else ""), fontsize=8)  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(-0.03, 1.03)
+            axis.grid(alpha=0.3)
+        for axis in axes.flat[len(settings) :]:
+            axis.set_visible(False)
+        axes[0, 0].legend(frameon=False, fontsize=8)
+        figure.supxlabel("length (the first is the training's)")
+        figure.supylabel("accuracy")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("position", "keys", "head_dim", "depth", "cosine"))
+
+
+def _cell(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    mean, deviation = spread_of(rows, "accuracy")
+    return f"{mean:.3f} ± {deviation:.3f}"

@@ -1,0 +1,11 @@
+"""All experiments, by name."""
+
+from __future__ import annotations
+
+from .experiment import Experiment
+from .memory import Memory
+from .two_phase import TwoPhase
+
+__all__ = ["EXPERIMENTS"]
+
+EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (Memory(), TwoPhase())}

@@ -1,0 +1,159 @@
+"""Two phases: a model that has learnt to copy is asked for the running mean. Can its attention leave the diagonal?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lucid_attention.tasks import two_phase
+
+from .experiment import Cell, Experiment, Row, paired, spread_of
+from .replicas import Replicas
+
+__all__ = ["TwoPhase", "off_diagonal"]
+
+_CHUNK = 500  # steps whose data are drawn at once, and whose errors are averaged
+
+
+class TwoPhase(Experiment):
+    """One layer of width 256, one head, no positions, ten digits, Adam at 1e-4, batches of 64, as the paper has it."""
+
+    name = "two-phase"
+    claim = "after learning to copy, LUCID learns the running mean and softmax does not (paper: 0 against 1.2 to 1.3)"
+    gpu_minutes = 6.0
+    cpu_minutes = 90.0
+
+    length, batch = 10, 64
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """Both attentions."""
+        return [{"attention": attention} for attention in ("softmax", "lucid")]
+
+    def phases(self, tiny: bool) -> dict[str, int]:
+        """Steps of each."""
+        return {"copy": 4, "mean": 4} if tiny else {"copy": 30_000, "mean": 30_000}
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        return sum(self.phases(tiny).values())
+
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        model = Replicas(
+            vocabularies=(10,), outputs=1, width=32 if tiny else 256, heads=1, depth=1,
+            attention=cell["attention"], position="nope", seeds=seeds,
+        ).to(device)  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        data = [torch.Generator().manual_seed(30_000 + seed) for seed in seeds]
+        chunk = 2 if tiny else _CHUNK
+        rows: list[Row] = []
+        done = 0
+        for phase, steps in self.phases(tiny).items():
+            rows += self._rows(phase, 0, done, model, seeds, None)
+            for start in range(0, steps, chunk):
+                draws = [two_phase(chunk * self.batch, self.length, phase=phase, generator=g) for g in data]  # fmt: skip
+                shape = (len(seeds), chunk, self.batch, self.length)
+                digits = torch.stack([d.digits for d in draws]).to(device).view(shape)
+                target = torch.stack([d.target for d in draws]).to(device).view(shape)
+                errors = torch.zeros(len(seeds), device=device)
+                for step in range(chunk):
+                    error = (model(digits[:, step])[..., 0] - target[:, step]).square()
+                    each = error.flatten(1).mean(1)
+                    optimizer.zero_grad(set_to_none=True)
+                    each.sum().backward()
+                    optimizer.step()
+                    errors += each.detach()
+                tick(chunk)
+                done += chunk
+                rows += self._rows(phase, start + chunk, done, model, seeds, errors / chunk)
+        return rows
+
+    def _rows(self, phase: str, step: int, total: int, model: Replicas, seeds: Sequence[int], errors: Tensor | None) -> list[Row]:  # fmt: skip
+        probe = off_diagonal(model, self.length).tolist() if step % 5000 == 0 or errors is None else None  # fmt: skip
+        return [
+            {
+                "seed": seed, "phase": phase, "step": step, "total": total,
+                "mse": None if errors is None else float(errors[i]),
+                "off_diagonal": None if probe is None else probe[i],
+            }
+            for i, seed in enumerate(seeds)
+        ]  # fmt: skip
+
+    def summary(self, rows: list[Row]) -> str:
+        """Errors at the ends of the phases, and how much of attention's Jacobian is off the diagonal."""
+        lines = [
+            "# Two phases",
+            "",
+            "Mean squared error over the last 500 steps, and the share of the Jacobian of attention's output by its input that is off the "
+            "diagonal; mean ± standard deviation over seeds.",
+            "",
+            "| phase | steps | measure | softmax | LUCID | LUCID - softmax |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        ends = {phase: max(r["step"] for r in rows if r["phase"] == phase) for phase in ("copy", "mean")}  # fmt: skip
+        marks = [
+            ("copy", ends["copy"]),
+            ("mean", min(10_000, ends["mean"])),
+            ("mean", ends["mean"]),
+        ]
+        for phase, step in dict.fromkeys(marks):
+            for metric in ("mse", "off_diagonal"):
+                at = [r for r in rows if (r["phase"], r["step"]) == (phase, step) and r[metric] is not None]  # fmt: skip
+                sides = {a: [r for r in at if r["attention"] == a] for a in ("softmax", "lucid")}
+                if not at:
+                    continue
+                said = ["{:.4f} ± {:.4f}".format(*spread_of(side, metric)) if side else "" for side in sides.values()]  # fmt: skip
+                gap = paired(sides["lucid"], sides["softmax"], metric)
+                text = f"**{gap}**" if gap.counts else str(gap)
+                lines.append(f"| {phase} | {step:,} | {metric} | {said[0]} | {said[1]} | {text} |")
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """Errors and the probe against all steps, a line for each seed."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        for axis, metric, title in zip(axes, ("mse", "off_diagonal"), ("mean squared error", "Jacobian of attention off the diagonal"), strict=True):  # fmt: skip
+            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+                curves: dict[int, list[tuple[float, float]]] = {}
+                for r in rows:
+                    if r["attention"] == attention and r[metric] is not None:
+                        curves.setdefault(r["seed"], []).append((r["total"], r[metric]))
+                for number, curve in enumerate(curves.values()):
+                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, alpha=0.8, label=None if number else attention)  # fmt: skip
+            switch = max((r["total"] for r in rows if r["phase"] == "copy"), default=0)
+            axis.axvline(switch, color="#555555", ls=":", lw=1)
+            axis.set(title=title, xlabel="step (dotted: from copying to the mean)")
+            axis.grid(alpha=0.3)
+        axes[0].set_yscale("log")
+        axes[0].legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
+
+
+def off_diagonal(model: Replicas, length: int, draws: int = 16) -> Tensor:
+    """The share of ``sum_ij ||d o_i / d x_j||^2`` with ``j != i``, of the first block's attention, for each replica.
+
+    Squared Frobenius norms by random cotangents: for ``v ~ N(0, I)`` the mean of ``||J_ij^T v||^2`` is ``||J_ij||^2``.
+    """
+    parameter = next(model.parameters())
+    device, replicas = parameter.device, parameter.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    digits = torch.randint(10, (1, draws, length), generator=generator).to(device)
+    with torch.no_grad():
+        hidden = model.embed(digits.expand(replicas, -1, -1))
+    squares = torch.zeros(replicas, length, length, device=device)
+    for place in range(length):
+        given = hidden.clone().requires_grad_()
+        output = model.attend(given, 0)[:, :, place]
+        cotangent = torch.randn(1, *output.shape[1:], generator=generator).to(device)
+        (gradient,) = torch.autograd.grad(output, given, cotangent.expand_as(output))
+        squares[:, place] = gradient.square().sum(-1).mean(1)
+    diagonal = squares.diagonal(dim1=1, dim2=2).sum(1)
+    return 1 - diagonal / squares.sum((1, 2))

@@ -1,0 +1,121 @@
+"""The machinery of the evidence: cells kept, runs that go on, statistics by hand; not the results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lucid_attention import cli
+from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, reproduce
+from lucid_attention.reproduce.experiment import paired, spread_of
+from lucid_attention.results import FolderError
+
+
+def run(name: str, out: Path, **changes: Any) -> Path:
+    return reproduce(EXPERIMENTS[name], out=out, tiny=True, device="cpu", say=lambda line: None, quiet=True, **changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_tiny_run(name: str, tmp_path: Path) -> None:
+    folder = run(name, tmp_path / "out", seeds=3)
+    cells = EXPERIMENTS[name].cells(True)
+    assert len(list((folder / "cells").glob("*.json"))) == len(cells)
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["seed"] for row in rows} == {"1", "2", "3"}
+    assert {row["attention"] for row in rows} == {"softmax", "lucid"}
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "LUCID - softmax" in (folder / "summary.md").read_text()
+    # The same again, bit for bit.
+    again = run(name, tmp_path / "again", seeds=3)
+    assert (again / "results.csv").read_text() == (folder / "results.csv").read_text()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_full_sizes_are_listed(name: str) -> None:
+    one = EXPERIMENTS[name]
+    cells = one.cells(False)
+    assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
+    for cell in cells:
+        twin = {**cell, "attention": "lucid" if cell["attention"] == "softmax" else "softmax"}
+        assert twin in cells and one.steps(cell, False) > 100
+    assert one.gpu_minutes < 30
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run("memory", tmp_path / "whole")
+    memory = type(EXPERIMENTS["memory"])
+    real, ran = memory.run, []
+
+    def stops(self: Any, cell: Any, *args: Any) -> Any:
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return real(self, cell, *args)
+
+    monkeypatch.setattr(memory, "run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run("memory", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
+    monkeypatch.setattr(memory, "run", real)
+    said: list[str] = []
+    folder = reproduce(EXPERIMENTS["memory"], out=tmp_path / "out", tiny=True, device="cpu", say=said.append, quiet=True)  # fmt: skip
+    assert "1 of 2 cells are there already" in said
+    assert (folder / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
+    folder = run("memory", tmp_path / "out", most_seconds=-1.0)
+    assert not (folder / "results.csv").exists()
+
+
+def test_folders_of_other_runs(tmp_path: Path) -> None:
+    run("two-phase", tmp_path / "out", seeds=1)
+    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 1, 1 seeds\), not tiny memory \(version 1, 3 seeds\)"):  # fmt: skip
+        run("memory", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    with pytest.raises(FolderError, match="is not empty"):
+        run("memory", tmp_path / "mine")
+    with pytest.raises(ReproduceError, match="--seeds: expected 1 or more"):
+        run("memory", tmp_path / "new", seeds=0)
+
+
+def rows(values: dict[int, float]) -> list[dict[str, Any]]:
+    return [{"seed": seed, "x": value} for seed, value in values.items()]
+
+
+def test_paired_differences_by_hand() -> None:
+    gap = paired(rows({1: 3.0, 2: 5.0, 3: 4.0}), rows({3: 1.0, 2: 2.0, 1: 1.0, 9: 0.0}), "x")
+    assert (gap.mean, gap.seeds) == (pytest.approx(8 / 3), 3)
+    assert gap.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
+    assert gap.counts and str(gap) == "+2.667 ± 0.333 (3 seeds)"
+    small = paired(rows({1: 0.1, 2: -0.1, 3: 0.3}), rows({1: 0, 2: 0, 3: 0}), "x")
+    assert not small.counts
+    # 2 * 0.2 / sqrt(n) < 0.1 from 16 on
+    assert small.seeds_to_resolve == 16
+    assert not paired(
+        rows({1: 9.0, 2: 9.0}), rows({1: 0, 2: 0}), "x"
+    ).counts  # two seeds are too few
+    assert math.isnan(paired(rows({1: 1.0}), rows({1: 0.0}), "x").error)
+    assert paired(rows({1: 1.0}), rows({2: 0.0}), "x").seeds == 0
+    assert spread_of(rows({1: 1.0, 2: 3.0}), "x") == (2.0, pytest.approx(math.sqrt(2)))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    app = cli.build_app()
+
+    def lucid(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["reproduce", *arguments])
+        return result.exit_code, result.output
+
+    code, text = lucid("--list")
+    assert code == 0 and all(name in text for name in EXPERIMENTS) and "min on a GPU" in text
+    code, text = lucid("memory", "--tiny", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert code == 0 and "# Updatable memory" in text
+    assert lucid("nothing")[0] == lucid()[0] == 2
