@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -37,7 +38,7 @@ class Experiment(ABC):
         claim: what it is about, in a line.
         gpu_minutes, cpu_minutes: what it takes at full size; None: too long to be useful.
         version: goes up when the same settings would give other results.
-        tasks: by which rows are told apart, with the seed; ``metric``: what was measured, and whether more is better.
+        per_seed: whether every seed is a cell of its own, kept by itself.
     """
 
     name: str
@@ -45,14 +46,17 @@ class Experiment(ABC):
     gpu_minutes: float
     cpu_minutes: float | None
     version: int = 1
+    per_seed: bool = False
 
     @abstractmethod
     def cells(self, tiny: bool) -> list[Cell]:
         """Every setting, the cheap ones first."""
 
     @abstractmethod
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
-        """Rows of one cell, each with its ``seed``; ``tick`` is told of steps."""
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
+        """Rows of one cell, each with its ``seed``; ``tick`` is told of steps; ``work`` is a folder for it alone, which outlives
+        an interrupt and goes when the cell is finished.
+        """
 
     @abstractmethod
     def steps(self, cell: Cell, tiny: bool) -> int:
@@ -157,6 +161,8 @@ def reproduce(
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
     folder = _folder(out, experiment, identity)
     cells = experiment.cells(tiny)
+    if experiment.per_seed:
+        cells = [{**cell, "seed": seed} for seed in range(1, seeds + 1) for cell in cells]
     waiting = [cell for cell in cells if not _file(folder, cell).is_file()]
     if len(waiting) < len(cells):
         say(f"{len(cells) - len(waiting)} of {len(cells)} cells are there already")
@@ -169,7 +175,10 @@ def reproduce(
                 break
             bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
             started = time.perf_counter()
-            found = experiment.run(cell, list(range(1, seeds + 1)), place, tiny, bar.update)
+            work = folder.path / "work" / _identity(cell)
+            work.mkdir(parents=True, exist_ok=True)
+            own = [cell["seed"]] if experiment.per_seed else list(range(1, seeds + 1))
+            found = experiment.run(cell, own, place, tiny, bar.update, work)
             seconds = time.perf_counter() - started
             facts = environment_facts()
             device_name = torch.cuda.get_device_name() if place.type == "cuda" else "cpu"
@@ -178,6 +187,7 @@ def reproduce(
             partial = target.with_suffix(".partial")
             partial.write_text(json.dumps(record) + "\n")
             partial.replace(target)
+            shutil.rmtree(work)
     rows = load(folder.path, cells)
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in row))

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Memory(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return 6 if tiny else 1500
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
         width = 32 if tiny else self.width
         model = Replicas(
             vocabularies=(cell["keys"], self.values + 1), outputs=self.values, width=width,

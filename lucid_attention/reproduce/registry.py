@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from .experiment import Experiment
+from .language_model import LanguageModel
 from .memory import Memory
 from .two_phase import TwoPhase
 
 __all__ = ["EXPERIMENTS"]
 
-EXPERIMENTS: dict[str, Experiment] = {one.name: one for one in (Memory(), TwoPhase())}
+EXPERIMENTS: dict[str, Experiment] = {
+    one.name: one for one in (Memory(), TwoPhase(), LanguageModel())
+}

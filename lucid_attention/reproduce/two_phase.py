@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class TwoPhase(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return sum(self.phases(tiny).values())
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
         model = Replicas(
             vocabularies=(10,), outputs=1, width=32 if tiny else 256, heads=1, depth=1,
             attention=cell["attention"], position="nope", seeds=seeds,

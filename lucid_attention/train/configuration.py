@@ -51,6 +51,8 @@ class TrainConfig:
         dataset: a name for the ``datasets`` library, instead: ``NAME`` or ``NAME:CONFIGURATION``, with a column "text".
         task: "memory", instead: the updatable memory of `lucid_attention.tasks`, with ``task_options`` ``keys``,
             ``values`` and ``query_share``.
+        tokens_of: the folder of an earlier run, instead: its tokenizer and tokens are copied, so that twins need not make them
+            again.
         tokenizer: "train" makes a byte-level BPE of ``vocabulary`` entries from the training text; otherwise a
             folder or hub id.
         vocabulary: of the tokenizer that is trained, and at least of the model.
@@ -81,6 +83,7 @@ class TrainConfig:
     text: str | None = None
     dataset: str | None = None
     task: str | None = None
+    tokens_of: str | None = None
     task_options: dict[str, Any] | None = None
     tokenizer: str = "train"
     vocabulary: int = 16384
@@ -99,7 +102,7 @@ class TrainConfig:
                 raise TrainError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("init_from", "text", "dataset", "task", "tokenizer"):
+        for name in ("init_from", "text", "dataset", "task", "tokens_of", "tokenizer"):
             value = getattr(self, name)
             if not (isinstance(value, str) or (value is None and name != "tokenizer")):
                 raise TrainError(f"{name}: expected a text, got {value!r}")
@@ -142,16 +145,19 @@ class TrainConfig:
             raise TrainError("rope_theta: position is nope; leave rope_theta out")
 
     def _check_data(self) -> None:
-        given = [name for name in ("text", "dataset", "task") if getattr(self, name) is not None]
+        sources = ("text", "dataset", "task", "tokens_of")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) != 1:
             raise TrainError(
-                "text, dataset, task: expected exactly one of them, got "
+                "text, dataset, task, tokens_of: expected exactly one of them, got "
                 + (" and ".join(given) if given else "none")
             )
         if self.task is not None and self.task not in TASKS:
             raise TrainError(f"task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         if self.task_options is not None and self.task is None:
             raise TrainError("task_options: there is no task")
+        if self.tokens_of is not None and self.tokenizer != "train":
+            raise TrainError("tokenizer: tokens_of brings its own; leave tokenizer out")
         if self.task is not None:
             for name in ("tokenizer", "vocabulary", "init_from"):
                 if getattr(self, name) != _DEFAULTS[name]:

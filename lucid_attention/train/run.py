@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from lucid_attention.hf import StrengthSchedule, disable
@@ -182,6 +188,30 @@ def last_checkpoint(folder: Path, say: Say = lambda line: None) -> Path | None:
     return max(found)[1] if found else None
 
 
+def prepare_tokens(
+    config: TrainConfig, folder: Path, *, say: Say = lambda line: None, quiet: bool = False
+) -> tuple[Any, Tokens]:
+    """A run's tokenizer and tokens: those in its folder, or copied, or made now.
+
+    Raises:
+        TrainError: the text, the tokenizer or the earlier run cannot be used.
+    """
+    data, place = folder / "data", folder / "tokenizer"
+    if not (data / "tokens.json").is_file():
+        if config.tokens_of is not None:
+            source = Path(config.tokens_of)
+            if not (source / "data" / "tokens.json").is_file():
+                raise TrainError(f"tokens_of {source}: is no folder of lucid train with its tokens")
+            shutil.copytree(source / "tokenizer", place, dirs_exist_ok=True)
+            shutil.copytree(source / "data", data, dirs_exist_ok=True)
+        else:
+            say("reading the text")
+            made = load_tokenizer(config)
+            made.save_pretrained(place)
+            write_tokens(documents_of(config), made, data, quiet=quiet)
+    return AutoTokenizer.from_pretrained(place), Tokens.load(data)
+
+
 class _Run:
     """Everything that `Trainer` needs, made and checked."""
 
@@ -203,7 +233,7 @@ class _Run:
         else:
             # The main process makes the tokens, the others find them.
             with self.state.main_process_first():
-                tokens = self._tokens()
+                self.tokenizer, tokens = prepare_tokens(config, out, say=self.say, quiet=quiet)
             self.training, self.held_out = self._rows(tokens)
             self.shuffled = Shuffled(self.training, seed)
             assert self.tokenizer is not None
@@ -278,18 +308,6 @@ class _Run:
                 f"stopped at step {step} of {self.arguments.max_steps}; lucid train --resume {self.out} goes on"
             )
         return Outcome(self.out, step, finished, model, losses[-1] if losses else math.nan)
-
-    def _tokens(self) -> Tokens:
-        from transformers import AutoTokenizer
-
-        data, place = self.out / "data", self.out / "tokenizer"
-        if (data / "tokens.json").is_file():
-            self.tokenizer = AutoTokenizer.from_pretrained(place)
-            return Tokens.load(data)
-        self.say("reading the text")
-        self.tokenizer = load_tokenizer(self.config)
-        self.tokenizer.save_pretrained(place)
-        return write_tokens(documents_of(self.config), self.tokenizer, data, quiet=self.quiet)
 
     def _rows(self, tokens: Tokens) -> tuple[Rows, Rows | None]:
         total = len(tokens.ids)

@@ -25,7 +25,8 @@ def run(name: str, out: Path, **changes: Any) -> Path:
 def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     folder = run(name, tmp_path / "out", seeds=3)
     cells = EXPERIMENTS[name].cells(True)
-    assert len(list((folder / "cells").glob("*.json"))) == len(cells)
+    number = len(cells) * (3 if EXPERIMENTS[name].per_seed else 1)
+    assert len(list((folder / "cells").glob("*.json"))) == number
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert {row["seed"] for row in rows} == {"1", "2", "3"}
     assert {row["attention"] for row in rows} == {"softmax", "lucid"}

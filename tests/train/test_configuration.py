@@ -49,7 +49,7 @@ def test_sizes_follow_from_the_dial() -> None:
         ({"attention": "softmax", "strength": 0.5}, "strength: softmax attention has none"),
         ({"lucid_layers": (9,)}, "lucid_layers: expected indices below 8, got 9"),
         ({"position": "nope", "rope_theta": 1e4}, "rope_theta: position is nope"),
-        ({"task": "memory"}, "text, dataset, task: expected exactly one of them, got text and task"),
+        ({"task": "memory"}, "text, dataset, task, tokens_of: expected exactly one of them, got text and task"),
         ({"text": None}, "expected exactly one of them, got none"),
         ({"text": None, "task": "chess"}, "task: expected one of memory, got 'chess'"),
         ({"task_options": {"keys": 3}}, "task_options: there is no task"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,19 @@ def test_a_checkpoint_is_moved_to_lucid(novel: Path, tmp_path: Path) -> None:
     assert type(AutoModelForCausalLM.from_pretrained(outcome.model)).__name__.startswith("Lucid")
     tokens = [(f / "data" / "tokens.bin").read_bytes() for f in (first.folder, outcome.folder)]
     assert tokens[0] == tokens[1]
+
+
+def test_tokens_of_an_earlier_run(novel: Path, tmp_path: Path) -> None:
+    first = run(config(novel), tmp_path / "first")
+    again = TrainConfig(**{**asdict(config(novel)), "text": None, "tokens_of": str(first.folder)})
+    outcome = run(again, tmp_path / "second")
+    assert outcome.loss == first.loss
+    shutil.rmtree(first.folder)
+    assert continue_training(outcome.folder, ["max_steps=7"], say=lambda line: None, quiet=True).finished  # fmt: skip
+    with pytest.raises(TrainError, match="is no folder of lucid train with its tokens"):
+        run(again, tmp_path / "third")
+    with pytest.raises(TrainError, match="tokenizer: tokens_of brings its own"):
+        TrainConfig(tokens_of="x", tokenizer="y")
 
 
 def test_a_task_is_learnt(tmp_path: Path) -> None:
