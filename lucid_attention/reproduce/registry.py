@@ -5,10 +5,11 @@ from __future__ import annotations
 from .experiment import Experiment
 from .language_model import LanguageModel
 from .memory import Memory
+from .moving import Moving
 from .two_phase import TwoPhase
 
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one for one in (Memory(), TwoPhase(), LanguageModel())
+    one.name: one for one in (Memory(), TwoPhase(), LanguageModel(), Moving())
 }

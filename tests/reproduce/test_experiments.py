@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from lucid_attention import cli
 from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, reproduce
 from lucid_attention.reproduce.experiment import paired, spread_of
+from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.results import FolderError
 
 
@@ -23,18 +25,32 @@ def run(name: str, out: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_tiny_run(name: str, tmp_path: Path) -> None:
-    folder = run(name, tmp_path / "out", seeds=3)
-    cells = EXPERIMENTS[name].cells(True)
-    number = len(cells) * (3 if EXPERIMENTS[name].per_seed else 1)
-    assert len(list((folder / "cells").glob("*.json"))) == number
+    one = EXPERIMENTS[name]
+    seeds = 1 if one.per_seed else 3  # each of these takes seconds
+    folder = run(name, tmp_path / "out", seeds=seeds)
+    assert len(list((folder / "cells").glob("*.json"))) == len(one.cells(True))
+    assert not list((folder / "work").glob("*/run"))  # what a cell needed is gone
     rows = list(csv.DictReader((folder / "results.csv").open()))
-    assert {row["seed"] for row in rows} == {"1", "2", "3"}
-    assert {row["attention"] for row in rows} == {"softmax", "lucid"}
+    assert {row["seed"] for row in rows} == {str(seed) for seed in range(1, seeds + 1)}
+    sides = {row.get("attention") or row["way"] for row in rows}
+    assert sides in ({"softmax", "lucid"}, set(WAYS))
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "LUCID - softmax" in (folder / "summary.md").read_text()
-    # The same again, bit for bit.
-    again = run(name, tmp_path / "again", seeds=3)
-    assert (again / "results.csv").read_text() == (folder / "results.csv").read_text()
+    assert re.search(r"(LUCID|way) - softmax", (folder / "summary.md").read_text())
+    # The same again, bit for bit, but for the clock.
+    again = list(csv.DictReader((run(name, tmp_path / "again", seeds=seeds) / "results.csv").open()))  # fmt: skip
+    for row in (*rows, *again):
+        row.pop("tokens_per_s", None)
+    assert rows == again
+
+
+def test_moving_begins_where_softmax_ended(tmp_path: Path) -> None:
+    """At strength 0 the switch costs nothing; at once it does."""
+    folder = run("moving", tmp_path / "out", seeds=1)
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    loss = {(row["way"], row["step"]): float(row["loss"]) for row in rows}
+    before = loss["softmax", "-1"]
+    assert loss["softmax", "0"] == loss["schedule", "0"] == loss["learned", "0"] == before
+    assert loss["abrupt", "0"] != before != loss["half", "0"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -43,8 +59,10 @@ def test_full_sizes_are_listed(name: str) -> None:
     cells = one.cells(False)
     assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
     for cell in cells:
-        twin = {**cell, "attention": "lucid" if cell["attention"] == "softmax" else "softmax"}
-        assert twin in cells and one.steps(cell, False) > 100
+        if "attention" in cell:
+            twin = {**cell, "attention": "lucid" if cell["attention"] == "softmax" else "softmax"}
+            assert twin in cells
+        assert one.steps(cell, False) > 100
     assert one.gpu_minutes < 30
 
 

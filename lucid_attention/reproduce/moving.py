@@ -1,0 +1,130 @@
+"""Moving a trained softmax model to LUCID: at once, by a schedule, with a learned strength, in some layers only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lucid_attention.train import TrainConfig
+
+from .experiment import Cell, Experiment, Row, paired, spread_of
+from .language_model import settings, train_cell
+
+__all__ = ["Moving"]
+
+WAYS: dict[str, dict[str, Any]] = {
+    "softmax": {"attention": "softmax"},
+    "abrupt": {},
+    "schedule": {"strength_steps": 0.6},
+    "learned": {"strength": "learned"},
+    "half": {"lucid_layers": "half"},
+}
+"""How the training goes on; a schedule's steps are a share of it."""
+
+
+class Moving(Experiment):
+    """A softmax model of 34M parameters, trained on 59M tokens, and then on 18 % more in every way."""
+
+    name = "moving"
+    claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
+    gpu_minutes = 20.0
+    cpu_minutes = None
+    per_seed = True
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """All ways of one model in one cell: they begin from the same checkpoint."""
+        return [{"position": position} for position in (("nope",) if tiny else ("rope", "nope"))]
+
+    def lengths(self, tiny: bool) -> tuple[int, int]:
+        """Steps of softmax, and of going on."""
+        return (4, 4) if tiny else (900, 160)
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        first, then = self.lengths(tiny)
+        return first + len(WAYS) * then
+
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
+        first, then = self.lengths(tiny)
+        base = work / "base"
+        shared = work.parent
+        config = settings(tiny, shared, attention="softmax", position=cell["position"])
+        log = train_cell(config, first, seeds[0], device, tiny, base, tick)
+        before = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+        layers = config.layers
+        rows: list[Row] = []
+        for way, given in WAYS.items():
+            changes = dict(given)
+            if "strength_steps" in changes:
+                changes["strength_steps"] = max(1, round(changes["strength_steps"] * then))
+            if "lucid_layers" in changes:
+                changes["lucid_layers"] = tuple(range(1, layers, 2))
+            moved = TrainConfig(
+                tokens_of=str(shared), init_from=str(base / "run" / "model"), length=config.length,
+                validation_share=config.validation_share, **changes,
+            )  # fmt: skip
+            # Evaluated before the first step too: what the switch itself costs.
+            log = train_cell(
+                moved, then, seeds[0] + 1000, device, tiny, work / way, tick,
+                eval_on_start=True, eval_steps=0.125, warmup_steps=0.1,
+            )  # fmt: skip
+            rows.append({"seed": seeds[0], "way": way, "step": -1, "loss": before})
+            rows += [
+                {"seed": seeds[0], "way": way, "step": int(entry["step"]), "loss": entry["eval_loss"]}
+                for entry in log
+                if "eval_loss" in entry
+            ]  # fmt: skip
+        return rows
+
+    def summary(self, rows: list[Row]) -> str:
+        """Losses after the switch and at the end, paired with softmax that trained on."""
+        last = max(row["step"] for row in rows)
+        lines = [
+            "# Moving a softmax model to LUCID",
+            "",
+            f"Held-out loss, nats a token: before, switched and untrained, and after {last} more steps; mean ± standard deviation over seeds; "
+            "against softmax that trained on: mean of the paired differences ± its standard error, bold where it exceeds two of them.",
+            "",
+            f"| position | way | before | switched | after {last} | way - softmax |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for position in dict.fromkeys(row["position"] for row in rows):
+            for way in WAYS:
+                mine = [r for r in rows if (r["position"], r["way"]) == (position, way)]
+                stages = [[r for r in mine if r["step"] == step] for step in (-1, 0, last)]
+                said = ["{:.4f} ± {:.4f}".format(*spread_of(s, "loss")) if s else "" for s in stages]  # fmt: skip
+                rival = [r for r in rows if (r["position"], r["way"], r["step"]) == (position, "softmax", last)]  # fmt: skip
+                gap = paired(stages[2], rival, "loss")
+                text = f"**{gap}**" if gap.counts else str(gap)
+                lines.append(f"| {position} | {way} | {said[0]} | {said[1]} | {said[2]} | {'' if way == 'softmax' else text} |")  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """Held-out loss against steps after the switch, every seed a line."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        positions = list(dict.fromkeys(row["position"] for row in rows))
+        colours = dict(zip(WAYS, ("#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00"), strict=True))  # fmt: skip
+        figure, axes = plt.subplots(1, len(positions), figsize=(5 * len(positions), 3.8), squeeze=False, layout="constrained")  # fmt: skip
+        for axis, position in zip(axes[0], positions, strict=True):
+            for way, colour in colours.items():
+                curves: dict[int, list[tuple[float, float]]] = {}
+                for r in rows:
+                    if (r["position"], r["way"]) == (position, way) and r["step"] >= 0:
+                        curves.setdefault(r["seed"], []).append((r["step"], r["loss"]))
+                for number, curve in enumerate(curves.values()):
+                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, marker="o", ms=3, label=None if number else way)  # fmt: skip
+            axis.set(title=position, xlabel="steps after the switch")
+            axis.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("held-out loss")
+        axes[0, 0].legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
