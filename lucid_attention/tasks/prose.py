@@ -115,13 +115,22 @@ def scatter(
         needles = tuple(Needle(*n, depth=n[2] / max(1, len(body))) for n in found)
         return body + question, needles
 
-    if count(prompt(0)[0]) > length:
+    least = count(prompt(0)[0])
+    if least > length:
         raise ValueError(
-            f"length must hold the sentences to be found and the question, {count(prompt(0)[0])}, got {length}"
+            f"length must hold the sentences to be found and the question, {least}, got {length}"
         )
-    low, high = 0, 1
+    # Begin at a guess: counting is what takes long. Lengths grow with the sentences, so the search ends at the same place.
+    some = min(len(sentences), 64)
+    each = max(1.0, (count(prompt(some)[0]) - least) / some)
+    low, high = 0, max(1, int((length - least) / each))
+    step = max(1, high // 32)
     while count(prompt(high)[0]) <= length:
-        low, high = high, 2 * high
+        low, high = high, high + step
+        step *= 2
+    while high - low > step and high > step and count(prompt(high - step)[0]) > length:
+        high -= step
+    low = max(low, high - step)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(prompt(middle)[0]) <= length else (low, middle)

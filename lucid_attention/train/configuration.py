@@ -19,7 +19,7 @@ __all__ = ["TrainConfig", "TrainError", "load_config", "training_arguments"]
 
 ATTENTIONS = ("lucid", "softmax")
 POSITIONS = ("rope", "nope")
-TASKS = ("memory",)
+TASKS = ("memory", "needles")
 FUSED = ("auto", "liger", "none")
 
 
@@ -50,7 +50,8 @@ class TrainConfig:
             every file or line is a document.
         dataset: a name for the ``datasets`` library, instead: ``NAME`` or ``NAME:CONFIGURATION``, with a column "text".
         task: "memory", instead: the updatable memory of `lucid_attention.tasks`, with ``task_options`` ``keys``,
-            ``values`` and ``query_share``.
+            ``values`` and ``query_share``; or "needles": needles in prose with the tokenizer of ``init_from`` or ``tokenizer``, with
+            ``keys``, ``values``, ``queries``, ``vary`` and ``prose`` (see `lucid_attention.train.tasks`).
         tokens_of: the folder of an earlier run, instead: its tokenizer and tokens are copied, so that twins need not make them
             again.
         tokenizer: "train" makes a byte-level BPE of ``vocabulary`` entries from the training text; otherwise a
@@ -158,7 +159,11 @@ class TrainConfig:
             raise TrainError("task_options: there is no task")
         if self.tokens_of is not None and self.tokenizer != "train":
             raise TrainError("tokenizer: tokens_of brings its own; leave tokenizer out")
-        if self.task is not None:
+        if self.task == "needles" and self.init_from is None and self.tokenizer == "train":
+            raise TrainError(
+                "tokenizer: the task needles has no text to make one from; give tokenizer or init_from"
+            )
+        if self.task == "memory":
             for name in ("tokenizer", "vocabulary", "init_from"):
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise TrainError(f"{name}: a task brings its own vocabulary; leave {name} out")

@@ -31,7 +31,7 @@ from .configuration import TrainConfig, TrainError, as_yaml, split, training_arg
 from .cost import flops_per_token, parameters, peak_flops
 from .model import build_model, use_fused_loss
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
-from .tasks import MemoryRows
+from .tasks import MemoryRows, NeedleRows
 from .text import documents_of, load_tokenizer
 from .tokens import Rows, Shuffled, Tokens, write_tokens
 from .trainer import MeteredTrainer, accuracy, likeliest, stack
@@ -160,7 +160,7 @@ def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     here = {name: value for name, value in given.items() if name not in ("bf16", "fp16", "tf32")}
     arguments = training_arguments({**here, "use_cpu": True}, Path("unused"), validate=False)
     vocabulary = config.vocabulary
-    if config.task is not None:
+    if config.task == "memory":
         vocabulary = MemoryRows(config.task_options, config.length, seed=0).vocabulary
     model = build_model(
         config, vocabulary if config.init_from is None else 0, seed=0, device="meta"
@@ -223,19 +223,24 @@ class _Run:
         self.say = say if self.state.is_main_process else lambda line: None
         seed = int(given.get("seed", 1))
         self.tokenizer: Any = None
-        if config.task is not None:
-            self.training: Any = MemoryRows(config.task_options, config.length, seed=seed)
-            self.shuffled: Any = self.training  # every row is drawn by itself
-            self.held_out: Any = MemoryRows(
-                config.task_options, config.length, seed=seed, validation=True
-            )
+        self.training: Any
+        self.held_out: Any
+        if config.task == "memory":
+            options, length = config.task_options, config.length
+            self.training = MemoryRows(options, length, seed=seed)
+            self.held_out = MemoryRows(options, length, seed=seed, validation=True)
             vocabulary = self.training.vocabulary
+        elif config.task == "needles":
+            self.tokenizer = load_tokenizer(config)
+            arguments = (config.task_options, config.length, self.tokenizer)
+            self.training = NeedleRows(*arguments, seed=seed)
+            self.held_out = NeedleRows(*arguments, seed=seed, validation=True)
+            vocabulary = len(self.tokenizer)
         else:
             # The main process makes the tokens, the others find them.
             with self.state.main_process_first():
                 self.tokenizer, tokens = prepare_tokens(config, out, say=self.say, quiet=quiet)
             self.training, self.held_out = self._rows(tokens)
-            self.shuffled = Shuffled(self.training, seed)
             assert self.tokenizer is not None
             vocabulary = len(self.tokenizer)
             if self.config.tokenizer == "train" and self.config.init_from is None:
@@ -247,6 +252,8 @@ class _Run:
             (out / "config.yaml").write_text(as_yaml(config, given), encoding="utf-8")
         for line in _facts(self.model, config, self.arguments):
             self.say(line)
+        # The rows of a task are drawn one by one, so that any order will do.
+        self.shuffled = Shuffled(self.training, seed) if config.task is None else self.training
         if config.task is None:
             unique = len(self.training) * config.length
             seen = self.arguments.max_steps * self._tokens_per_step()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lucid_attention.tasks import updatable_memory
+from lucid_attention.tasks import needles_in_prose, updatable_memory
 from lucid_attention.tasks.updatable_memory import IGNORED
 
 from .configuration import TrainError
 
-__all__ = ["MemoryRows"]
+__all__ = ["MemoryRows", "NeedleRows", "part_of", "read_prose"]
 
 _OPTIONS: dict[str, Any] = {"keys": 64, "values": 64, "query_share": 0.3}
 _TRAINING_ROWS, _VALIDATION_ROWS = 1 << 30, 256
@@ -77,3 +78,100 @@ class MemoryRows(Dataset[dict[str, Tensor]]):
             (torch.full_like(value, IGNORED), torch.where(known, value, IGNORED)), dim=-1
         ).flatten()
         return {"input_ids": ids[: self.length], "labels": labels[: self.length]}
+
+
+class NeedleRows(Dataset[dict[str, Tensor]]):
+    """Needles in prose as rows: the text, the question and the answer, of which only the answer has labels.
+
+    One sample fills a row as far as it goes; what is left is end-of-text tokens without labels. Row ``i`` is drawn from
+    ``(seed, i)`` alone.
+
+    Args:
+        options: ``keys``, ``values``, ``queries`` of `needles_in_prose`; with ``vary`` (on by default) a row has 1 to
+            ``keys`` names and asks for 1 to ``queries`` of them; ``prose``: a UTF-8 file, None: Jane Austen, Persuasion.
+        length: tokens in a row.
+        tokenizer: of the model.
+        seed: of the data.
+        validation: rows of the last fifth of the prose, of which training sees nothing.
+
+    Raises:
+        TrainError: an option that does not exist or is out of range, a row too short for what is asked.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any] | None,
+        length: int,
+        tokenizer: Any,
+        *,
+        seed: int,
+        validation: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {"keys": 1, "values": 1, "queries": 1, "vary": True, "prose": None}  # fmt: skip
+        unknown = set(options or {}) - set(defaults)
+        if unknown:
+            raise TrainError(
+                f"task_options: expected {', '.join(defaults)}, got {', '.join(sorted(unknown))}"
+            )
+        self.options = {**defaults, **(options or {})}
+        self.length, self.tokenizer, self.seed, self.validation = length, tokenizer, seed, validation  # fmt: skip
+        self.prose = part_of(read_prose(self.options["prose"]), validation)
+        try:
+            for index in range(4):
+                self[index]
+        except (ValueError, TypeError) as error:
+            raise TrainError(f"task_options: {error}") from None
+
+    def __len__(self) -> int:
+        return _VALIDATION_ROWS if self.validation else _TRAINING_ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = index + (_TRAINING_ROWS if self.validation else 0)
+        generator = torch.Generator().manual_seed(self.seed * _STRIDE + place)
+        keys, values, queries = (self.options[name] for name in ("keys", "values", "queries"))
+        if self.options["vary"]:
+            keys = int(torch.randint(1, keys + 1, (), generator=generator))
+            queries = int(torch.randint(1, min(queries, keys) + 1, (), generator=generator))
+        end = self.tokenizer.eos_token_id
+        room = _TOKENS_A_NUMBER * queries * values + 2
+        sample = needles_in_prose(
+            self.prose, self.length - room, keys=keys, values=values, queries=queries,
+            count=lambda text: len(self.tokenizer(text, verbose=False)["input_ids"]), generator=generator,
+        )  # fmt: skip
+        before = self.tokenizer(sample.prompt, verbose=False)["input_ids"]
+        answer = [*self.tokenizer(f" {', '.join(sample.answers)}.")["input_ids"], end]
+        rest = self.length - len(before) - len(answer)
+        if rest < 0:
+            raise ValueError(f"an answer of {len(answer)} tokens does not fit the row")
+        ids = torch.tensor([*before, *answer, *[end] * rest])
+        labels = torch.full_like(ids, IGNORED)
+        labels[len(before) : len(before) + len(answer)] = torch.tensor(answer)
+        return {"input_ids": ids, "labels": labels}
+
+
+# Seven digits are seven tokens at most, with a comma and a space.
+_TOKENS_A_NUMBER = 10
+
+
+def read_prose(path: str | None) -> str:
+    """A UTF-8 file, or the novel that comes with the package.
+
+    Raises:
+        TrainError: it cannot be read.
+    """
+    if path is None:
+        from lucid_attention.demo.text import packaged_novel
+
+        return packaged_novel()
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainError(f"task_options: prose {path}: cannot be read ({error})") from None
+
+
+def part_of(prose: str, held_out: bool) -> str:
+    """The last fifth of a text, or what is before it, cut at a sentence."""
+    cut = prose.find(". ", len(prose) * 4 // 5) + 2
+    return prose[cut:] if held_out else prose[:cut]

@@ -6,13 +6,14 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lucid_attention.train.configuration import TrainConfig, TrainError
-from lucid_attention.train.tasks import MemoryRows
+from lucid_attention.train.tasks import MemoryRows, NeedleRows
 from lucid_attention.train.text import documents_of, load_tokenizer, train_tokenizer
 from lucid_attention.train.tokens import Rows, Shuffled, Tokens, write_tokens
 
@@ -188,3 +189,51 @@ def test_memory_rows_repeat_and_differ() -> None:
 def test_bad_task_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(TrainError, match=r"task_options: .*" + re.escape(message)):
         MemoryRows(options, 10, seed=0)
+
+
+PROSE = " ".join(f"Sentence number {i} says nothing of interest." for i in range(400))
+
+
+def test_needle_rows(tmp_path: Path) -> None:
+    """The label is the answer, which a reader finds in the row; held-out rows are of other prose."""
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE)
+    tokenizer = train_tokenizer([PROSE + "Question: Which number belongs to the red door? 1234567890,."], 320)  # fmt: skip
+    options = {"keys": 4, "queries": 2, "prose": str(path)}
+    rows = NeedleRows(options, 700, tokenizer, seed=3)
+    counts = set()
+    for index in range(8):
+        row = rows[index]
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        asked = re.findall(r"the (\w+ \w+)", text.split("Question: ")[1].split("?")[0])
+        expected = [re.search(rf"of the {name} is (\d+)", text).group(1) for name in asked]  # type: ignore[union-attr]
+        labels = row["labels"][row["labels"] != -100]
+        said = tokenizer.decode(labels)
+        assert said == f" {', '.join(expected)}.{tokenizer.eos_token}"
+        known = (row["labels"] != -100).nonzero().flatten()
+        assert torch.equal(row["input_ids"][known], labels) and len(row["input_ids"]) == 700
+        assert (row["input_ids"][known[-1] :] == tokenizer.eos_token_id).all()
+        assert 700 - int(known[-1]) < 60  # the text is as long as fits
+        counts.add(len(asked))
+    assert counts == {1, 2}
+    held_out = NeedleRows(options, 700, tokenizer, seed=3, validation=True)[0]
+    numbers = {int(n) for n in re.findall(r"Sentence number (\d+)", tokenizer.decode(held_out["input_ids"]))}  # fmt: skip
+    assert min(numbers) >= 320
+    assert torch.equal(rows[5]["input_ids"], NeedleRows(options, 700, tokenizer, seed=3)[5]["input_ids"])  # fmt: skip
+    fixed = NeedleRows({**options, "vary": False}, 700, tokenizer, seed=3)[0]
+    assert tokenizer.decode(fixed["input_ids"]).count("The number of the") == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "length", "message"),
+    [
+        ({"colour": 1}, 500, "expected keys, values, queries, vary, prose, got colour"),
+        ({"queries": 3, "vary": False}, 500, "queries must be at most keys"),
+        ({}, 20, "length must"),
+        ({"prose": "nowhere.txt"}, 500, "prose nowhere.txt: cannot be read"),
+    ],
+)
+def test_bad_needle_options(options: dict[str, Any], length: int, message: str) -> None:
+    tokenizer = train_tokenizer([PROSE], 300)
+    with pytest.raises(TrainError, match="task_options: .*" + re.escape(message)):
+        NeedleRows(options, length, tokenizer, seed=0)
