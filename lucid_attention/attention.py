@@ -418,13 +418,16 @@ class _GradientLaidOutAlike(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        stride = output.stride()
+    def forward(output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        stride = inputs[0].stride()
         order: list[int] = []  # axes from outer to inner; `sorted` would take no symbols as keys
         for axis in range(output.dim()):
             order.insert(len([o for o in order if stride[o] >= stride[axis]]), axis)
         ctx.order = order
-        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,7 +209,8 @@ def build_app() -> typer.Typer:
                     return
                 outcome = library.train(settings, arguments, out=out)
         except (TrainError, FolderError) as error:
-            print(f"lucid train: {error}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+                print(f"lucid train: {error}", file=sys.stderr)
             raise typer.Exit(_BAD_INPUT) from None
         if not outcome.finished:
             raise typer.Exit(_INTERRUPTED)

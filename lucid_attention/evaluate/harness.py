@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-import socket
+import urllib.error
+import urllib.request
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["OFFLINE", "check_tasks", "rows_of", "run_harness"]
+__all__ = ["OFFLINE", "calls_of", "check_tasks", "rows_of", "run_harness"]
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")  # fmt: skip
 """RULER's tasks that need no data from elsewhere (lm-eval 0.4.13)."""
@@ -33,7 +34,7 @@ def check_tasks(tasks: list[str], lengths: list[int]) -> None:
             raise ValueError(
                 f"{task}: is no task of lm-evaluation-harness; lm-eval ls tasks lists them"
             )
-    short = [task for task in tasks if task.startswith(("ruler", "niah"))]
+    short = [task for task in tasks if has_lengths(task)]
     if short and min(lengths) < LEAST_LENGTH:
         raise ValueError(
             f"{', '.join(short)}: expected lengths of at least {LEAST_LENGTH}, got {min(lengths)}: the harness would look for "
@@ -72,9 +73,9 @@ def run_harness(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max(lengths)
-    )
+    # Other tasks are not cut to lengths that are not about them.
+    longest = {"max_length": max(lengths)} if all(map(has_lengths, tasks)) else {}
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **longest)
     try:
         found: dict[str, Any] = lm_eval.simple_evaluate(
             model=wrapped,
@@ -92,6 +93,22 @@ def run_harness(
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{', '.join(tasks)}: the data cannot be had: {first}") from None
     return found
+
+
+def has_lengths(task: str) -> bool:
+    """Whether a task of the harness is made for lengths: RULER's are."""
+    return task.startswith(("ruler", "niah"))
+
+
+def calls_of(tasks: list[str], lengths: list[int]) -> list[tuple[list[str], list[int]]]:
+    """What to run together: RULER length by length, the others at once.
+
+    The harness makes one data set of all lengths and takes its first ``limit`` samples, which are the shortest length's.
+    """
+    long = [task for task in tasks if has_lengths(task)]
+    rest = [task for task in tasks if not has_lengths(task)]
+    calls = [(long, [length]) for length in lengths] if long else []
+    return calls + ([(rest, lengths)] if rest else [])
 
 
 def rows_of(found: dict[str, Any], lengths: list[int]) -> list[dict[str, Any]]:
@@ -124,8 +141,12 @@ def rows_of(found: dict[str, Any], lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def _reaches_the_hub() -> bool:
+    """By HTTP, so that a mirror (HF_ENDPOINT) and proxies count."""
+    place = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        with socket.create_connection(("huggingface.co", 443), timeout=3):
+        with urllib.request.urlopen(urllib.request.Request(place, method="HEAD"), timeout=5):
             return True
-    except OSError:
+    except urllib.error.HTTPError:
+        return True  # it answers
+    except (OSError, ValueError):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from lucid_attention.tasks import (
     tracking,
     variable_tracking,
 )
+from lucid_attention.tasks.seeding import seeded
 
 __all__ = ["TASKS", "ProseTask", "parse_task"]
 
@@ -55,7 +55,7 @@ class ProseTask:
             return len(tokenizer(text, verbose=False)["input_ids"])
 
         for index in range(number):
-            generator = torch.Generator().manual_seed(_seed(self.name, length, seed, index))
+            generator = seeded(self.name, length, seed, index)
             # What it will be answered with is known only when it is made: leave room for the most.
             room = self.new_tokens
             yield self.make(prose, length - room, count=count, generator=generator, **self.options)
@@ -159,8 +159,3 @@ def run_task(
         for sample, text, x in zip(samples, said, scores, strict=True)
     ]  # fmt: skip
     return row, records
-
-
-def _seed(*parts: object) -> int:
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:7], "big")

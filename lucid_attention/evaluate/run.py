@@ -14,7 +14,7 @@ from typing import Any
 from lucid_attention.generate import GenerateError, load
 from lucid_attention.results import ResultsFolder, environment_facts
 
-from .harness import check_tasks, rows_of, run_harness
+from .harness import calls_of, check_tasks, rows_of, run_harness
 from .prose import ProseTask, parse_task, run_task
 
 __all__ = ["EvalError", "Evaluation", "evaluate"]
@@ -100,22 +100,35 @@ def evaluate(
     facts = {"checkpoint": checkpoint, "tasks": list(tasks), "seed": seed, **environment_facts()}
     for task in own:
         for length in wanted:
-            row, said = run_task(
-                task, model, tokenizer, text, length, number=limit, batch_size=batch_size, seed=seed, quiet=quiet,
-            )  # fmt: skip
+            try:
+                row, said = run_task(
+                    task, model, tokenizer, text, length, number=limit, batch_size=batch_size, seed=seed, quiet=quiet,
+                )  # fmt: skip
+            except ValueError as error:
+                raise EvalError(f"{task.name} at {length}: {error}") from None
+            except IndexError:
+                if most is None or length <= most:
+                    raise
+                raise EvalError(
+                    f"{task.name}: the model does not go beyond its {most} positions, and {length} were asked for"
+                ) from None
             rows.append(row)
             records += said
             say(f"{task.name} at {length}: {row['value']:.1%} ± {row['stderr']:.1%}")
             _write(folder, rows, records, facts)
     if others:
-        try:
-            found = run_harness(
-                model, tokenizer, checkpoint, others, wanted, limit=limit, batch_size=batch_size, seed=seed,
-            )  # fmt: skip
-        except ValueError as error:
-            raise EvalError(str(error)) from None
-        folder.write_text("lm_eval.json", json.dumps(found, indent=2, default=str) + "\n")
-        rows += rows_of(found, wanted)
+        answers = []
+        for names, these in calls_of(others, wanted):
+            try:
+                found = run_harness(
+                    model, tokenizer, checkpoint, names, these, limit=limit, batch_size=batch_size, seed=seed,
+                )  # fmt: skip
+            except ValueError as error:
+                raise EvalError(str(error)) from None
+            answers.append(found)
+            folder.write_text("lm_eval.json", json.dumps(answers, indent=2, default=str) + "\n")
+            rows += rows_of(found, these)
+            _write(folder, rows, records, facts)
     _write(folder, rows, records, facts)
     return Evaluation(folder.path, rows)
 

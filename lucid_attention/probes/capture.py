@@ -102,7 +102,9 @@ def _watched(model: Any, found: dict[int, LayerTensors]) -> Iterator[None]:
             strength = None
             if lucid is not None:
                 given = strength_of(lucid, value)
-                strength = torch.ones(key.shape[1]) * (1.0 if given is None else given)
+                strength = torch.ones(key.shape[1], device=key.device) * (
+                    1.0 if given is None else given
+                )
             scaling = kwargs.get("scaling")
             found[index] = LayerTensors(
                 index,

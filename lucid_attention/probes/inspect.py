@@ -68,18 +68,34 @@ def inspect_text(
         InspectError: a text too short or too long, a needle that is not in it, a layer that does not exist.
         FolderError: the folder is in use.
     """
+    if not tokenizer.is_fast:
+        raise InspectError(
+            f"the tokenizer, {type(tokenizer).__name__}, does not say where its tokens are in the text: a fast one is needed"
+        )
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise InspectError(f"the text: expected 2 to {MOST_TOKENS} tokens, got {len(ids)}")
     places = _needle_tokens(text, needle, offsets)
     tensor = torch.tensor([ids], device=model.device)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
         captured = capture(model, tensor)
         shown = _shown(captured, layers)
         rows = diagnose(model, tensor, needle=places, strength=strength)
     except ValueError as error:
         raise InspectError(str(error)) from None
+    except IndexError:
+        if most is None or len(ids) <= most:
+            raise
+        raise InspectError(
+            f"the text: the model does not go beyond its {most} positions, and these are {len(ids)} tokens"
+        ) from None
+    for layer in captured:
+        if not all(bool(x.isfinite().all()) for x in (layer.query, layer.key, layer.value)):
+            raise InspectError(
+                f"the model: the queries, keys or values of layer {layer.layer} are not finite on this text; nothing can be drawn"
+            )
     kind = type(model).__name__
     lucid = sum(layer.strength is not None for layer in captured)
     note = f"{kind}, {lucid} of {len(captured)} full-attention layers LUCID"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class TrainConfig:
             again.
         tokenizer: "train" makes a byte-level BPE of ``vocabulary`` entries from the training text; otherwise a
             folder or hub id.
-        vocabulary: of the tokenizer that is trained, and at least of the model.
+        vocabulary: of the tokenizer that is trained, and then of the model, however many entries were found.
         validation_share: of the tokens, from the end of the data, held out.
         length: tokens in a row; a row is packed with documents.
         document_masks: whether a token sees its own document only.
-        fused_loss: "liger" never forms the logits (liger-kernel, on a GPU), "none" forms them, "auto" is "liger" where
+        fused_loss: "liger" never forms the logits in training (liger-kernel, on a GPU), "none" forms them, "auto" is "liger" where
             it is installed.
 
     Raises:
@@ -109,6 +110,22 @@ class TrainConfig:
                 raise TrainError(f"{name}: expected a text, got {value!r}")
         for name in _COUNTS:
             _check_count(name, getattr(self, name), optional=name in _OPTIONAL)
+        for name in ("tie_embeddings", "document_masks"):
+            if not isinstance(getattr(self, name), bool):
+                raise TrainError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        layers, theta = self.lucid_layers, self.rope_theta
+        if layers is not None and not (
+            isinstance(layers, tuple) and layers and all(type(x) is int for x in layers)
+        ):
+            raise TrainError(f"lucid_layers: expected a list of layer indices, got {layers!r}")
+        if theta is not None and (not _is_number(theta) or not 0 < theta < float("inf")):
+            raise TrainError(f"rope_theta: expected a number above 0, got {theta!r}")
+        if not (self.task_options is None or isinstance(self.task_options, dict)):
+            raise TrainError(f"task_options: expected key: value pairs, got {self.task_options!r}")
+        for name in ("strength", "validation_share"):
+            value = getattr(self, name)
+            if not (_is_number(value) or (name == "strength" and isinstance(value, str))):
+                raise TrainError(f"{name}: expected a number, got {value!r}")
         if isinstance(self.strength_steps, bool) or not isinstance(self.strength_steps, int):
             raise TrainError(
                 f"strength_steps: expected a whole number, got {self.strength_steps!r}"
@@ -256,6 +273,35 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> tuple[TrainConfig, d
         >>> config.attention, config.size()["width"], arguments["learning_rate"]
         ('softmax', 256, 0.001)
     """
+    content = read_yaml(path)
+    content.update(changed(changes))
+    return split(content)
+
+
+def changed(changes: Iterable[str]) -> dict[str, Any]:
+    """What ``key=value`` pairs say.
+
+    Raises:
+        TrainError: no equals sign, a value that is not YAML.
+    """
+    found = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise TrainError(f"--set {change}: expected key=value")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise TrainError(f"--set {change}: the value is not YAML") from None
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A flat YAML file.
+
+    Raises:
+        TrainError: it cannot be read.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -266,15 +312,7 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> tuple[TrainConfig, d
         raise TrainError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise TrainError(f"{path}: expected lines of the form `key: value`")
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise TrainError(f"--set {change}: expected key=value")
-        try:
-            content[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise TrainError(f"--set {change}: the value is not YAML") from None
-    return split(content)
+    return content
 
 
 def split(content: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -285,7 +323,9 @@ def split(content: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     for name, value in content.items():
         value = _number(value)
         if name in _DEFAULTS:
-            ours[name] = tuple(value) if name == "lucid_layers" and value is not None else value
+            ours[name] = (
+                tuple(value) if name == "lucid_layers" and isinstance(value, list) else value
+            )
         elif name == "num_train_epochs":
             raise TrainError(
                 "num_train_epochs: give max_steps; lucid train says how often the data are seen"
@@ -313,6 +353,9 @@ def training_arguments(given: dict[str, Any], out: Path, validate: bool) -> Trai
         TrainError: transformers does not take them.
     """
     settings = {**_TRAINING, "dataloader_pin_memory": torch.cuda.is_available(), **given}
+    _check_arguments(settings)
+    # transformers' 8 would be 8 rows of 64K.
+    settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
     if not validate:
         settings["eval_strategy"] = "no"
     else:
@@ -326,18 +369,43 @@ def training_arguments(given: dict[str, Any], out: Path, validate: bool) -> Trai
             train_sampling_strategy="sequential",
             **settings,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise TrainError(f"TrainingArguments: {str(error).strip().splitlines()[0]}") from None
 
 
+def _check_arguments(settings: dict[str, Any]) -> None:
+    """What transformers would take and then not, or for ever."""
+    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if name in settings:
+            _check_count(name, settings[name], optional=False)
+    seed = settings["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise TrainError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
+    rate = settings["learning_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+        raise TrainError(f"learning_rate: expected a number above 0, got {rate!r}")
+
+
 def as_yaml(config: TrainConfig, given: dict[str, Any]) -> str:
-    """The file that gives both back, with what differs from the defaults."""
+    """The file that gives both back, with what differs from the defaults.
+
+    Raises:
+        TrainError: a setting that YAML cannot hold.
+    """
     ours = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
         if value != _DEFAULTS[name]
     }
-    return yaml.safe_dump({**ours, **given}, sort_keys=False)
+    plain = {n: v.value if isinstance(v, enum.Enum) else v for n, v in given.items()}
+    try:
+        return yaml.safe_dump({**ours, **plain}, sort_keys=False)
+    except yaml.YAMLError as error:
+        raise TrainError(f"TrainingArguments: cannot be written down: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: Any, *, optional: bool) -> None:
@@ -350,5 +418,7 @@ def _check_count(name: str, value: Any, *, optional: bool) -> None:
 def _number(value: Any) -> Any:
     """YAML reads 1e-3 as a string, because it wants a dot."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # 1e2 steps
     return value

@@ -29,17 +29,19 @@ def parameters(model: Any) -> dict[str, int]:
     return {"total": total, "multiplied": total if tied else total - embedding.numel()}
 
 
-def flops_per_token(model: Any, length: int) -> dict[str, float]:
+def flops_per_token(model: Any, length: int, *, is_lucid: bool | None = None) -> dict[str, float]:
     """Forward and backward, of rows of ``length`` tokens that are one document each.
 
     Six for every parameter that a token is multiplied with; causal attention, ``2 N D`` a query head forward and ``5 N D``
     backward; the solve, the same for every KV head of a LUCID layer. What gradient checkpointing computes again
-    does not count.
+    does not count. ``is_lucid``: whether the solves count; None: unless the strength is 0, as it may be when a schedule begins.
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     lucid = getattr(config, "lucid", None)
-    layers = len(lucid["layers"]) if lucid and lucid["strength"] != 0.0 else 0
+    if is_lucid is None:
+        is_lucid = lucid is not None and lucid["strength"] != 0.0
+    layers = len(lucid["layers"]) if lucid and is_lucid else 0
     found = {
         "matmul": 6.0 * parameters(model)["multiplied"],
         "attention": 7.0

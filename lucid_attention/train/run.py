@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -24,11 +23,30 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lucid_attention.hf import StrengthSchedule, disable
-from lucid_attention.results import ResultsFolder, environment_facts
+from lucid_attention.results import FolderError
 
 from . import configuration
-from .configuration import TrainConfig, TrainError, as_yaml, split, training_arguments
+from .configuration import (
+    TrainConfig,
+    TrainError,
+    as_yaml,
+    changed,
+    read_yaml,
+    split,
+    training_arguments,
+)
 from .cost import flops_per_token, parameters, peak_flops
+from .folder import (
+    absolute,
+    agreed,
+    last_checkpoint,
+    new_folder,
+    processes_of,
+    said_once,
+    set_aside_unfinished,
+    take_back,
+    write_whole,
+)
 from .model import build_model, use_fused_loss
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
 from .tasks import MemoryRows, NeedleRows
@@ -98,18 +116,24 @@ def train(
         (True, ['config.json', 'generation_config.json', 'model.safetensors'])
     """
     given = dict(arguments or {})
-    training_arguments(
-        given, Path("unused"), validate=False
-    )  # what is wrong with them, before a folder is made
     state = PartialState()
-    if state.is_main_process:
-        out = _new_folder(out)
-    out = _agreed(out, state)
+    with said_once(state):
+        # What is wrong with the settings, before a folder is made.
+        training_arguments(given, Path("unused"), validate=False)
+        config = absolute(config)
+        written = as_yaml(config, given)
+    made = out is None or not out.exists()
+    with said_once(state):
+        if state.is_main_process:
+            out = new_folder(out, state.num_processes)
+            # At once: whatever stops the run from here on, it can go on.
+            write_whole(out / "config.yaml", written)
+    out = agreed(out, state)
     try:
         run = _Run(config, given, out, say, quiet)
-    except BaseException:
+    except (TrainError, FolderError):
         if state.is_main_process:
-            _remove_if_unused(out)
+            take_back(out, made)
         raise
     return run(None)
 
@@ -136,18 +160,31 @@ def continue_training(
     path = folder / "config.yaml"
     if not path.is_file():
         raise TrainError(f"{folder}: is no folder of lucid train (it has no config.yaml)")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise TrainError(f"--set {change}: expected key=value")
+    new = changed(changes)
+    for name in new:
         if name not in configuration.CHANGEABLE:
             raise TrainError(
                 f"{name}: cannot change when a training goes on; what can: {', '.join(configuration.CHANGEABLE)}"
             )
-        content[name] = yaml.safe_load(value)
+    content = {**read_yaml(path), **new}
+    state = PartialState()
+    processes = processes_of(folder)
+    if processes not in (None, state.num_processes):
+        raise TrainError(
+            f"{folder}: was trained by {processes} processes, got {state.num_processes}: another number would see other rows"
+        )
     config, given = split(content)
-    return _Run(config, given, folder, say, quiet)(last_checkpoint(folder, say))
+    arguments = training_arguments(given, folder, validate=False)
+    checkpoint = last_checkpoint(folder, say if state.is_main_process else lambda line: None)
+    done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if done > arguments.max_steps:
+        raise TrainError(f"max_steps: {done} steps are done already, got {arguments.max_steps}")
+    if state.is_main_process:
+        set_aside_unfinished(folder)
+        if new:
+            write_whole(path, as_yaml(config, given))
+    state.wait_for_everyone()
+    return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
 
 
 def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
@@ -166,26 +203,6 @@ def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
         config, vocabulary if config.init_from is None else 0, seed=0, device="meta"
     )
     return _facts(model, config, arguments)
-
-
-def last_checkpoint(folder: Path, say: Say = lambda line: None) -> Path | None:
-    """The latest checkpoint that was written to its end: ``trainer_state.json`` is written last."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if not number.isdigit():
-            continue
-        try:
-            whole = json.loads((path / "trainer_state.json").read_text())["global_step"] == int(
-                number
-            )
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if whole:
-            found.append((int(number), path))
-        else:
-            say(f"{path.name} was not written to its end and is left out")
-    return max(found)[1] if found else None
 
 
 def prepare_tokens(
@@ -216,7 +233,13 @@ class _Run:
     """Everything that `Trainer` needs, made and checked."""
 
     def __init__(
-        self, config: TrainConfig, given: dict[str, Any], out: Path, say: Say, quiet: bool
+        self,
+        config: TrainConfig,
+        given: dict[str, Any],
+        out: Path,
+        say: Say,
+        quiet: bool,
+        checkpoint: Path | None = None,
     ) -> None:
         self.config, self.given, self.out, self.quiet = config, given, out, quiet
         self.state = PartialState()
@@ -238,18 +261,24 @@ class _Run:
             vocabulary = len(self.tokenizer)
         else:
             # The main process makes the tokens, the others find them.
-            with self.state.main_process_first():
-                self.tokenizer, tokens = prepare_tokens(config, out, say=self.say, quiet=quiet)
-            self.training, self.held_out = self._rows(tokens)
+            with said_once(self.state):
+                if self.state.is_main_process:
+                    prepare_tokens(config, out, say=self.say, quiet=quiet)
+            self.tokenizer, tokens = prepare_tokens(config, out, quiet=True)
+            with said_once(self.state):
+                self.training, self.held_out = self._rows(tokens)
             assert self.tokenizer is not None
             vocabulary = len(self.tokenizer)
             if self.config.tokenizer == "train" and self.config.init_from is None:
                 vocabulary = max(vocabulary, config.vocabulary)
         self.arguments = training_arguments(self.given, out, validate=self.held_out is not None)
-        self.model: Any = build_model(config, vocabulary, seed=seed, tokenizer=self.tokenizer)
-        loss = use_fused_loss(self.model, config.fused_loss, self.arguments.device)
-        if self.state.is_main_process:
-            (out / "config.yaml").write_text(as_yaml(config, given), encoding="utf-8")
+        # A run that goes on has all of its model, whatever became of the checkpoint it began from.
+        begun = config
+        if checkpoint is not None and config.init_from is not None:
+            begun = replace(config, init_from=str(checkpoint), rope_theta=None)
+        with said_once(self.state):
+            self.model: Any = build_model(begun, vocabulary, seed=seed, tokenizer=self.tokenizer)
+            loss = use_fused_loss(self.model, config.fused_loss, self.arguments.device)
         for line in _facts(self.model, config, self.arguments):
             self.say(line)
         # The rows of a task are drawn one by one, so that any order will do.
@@ -263,10 +292,13 @@ class _Run:
             self.say(f"the logits of a row are {gib:.1f} GiB: liger-kernel would not form them")
 
     def __call__(self, checkpoint: Path | None) -> Outcome:
+        peak = peak_flops(self.arguments.device)
         meter = Meter(
             self._tokens_per_step(),
-            flops_per_token(self.model, self.config.length)["total"],
-            peak_flops(self.arguments.device),
+            flops_per_token(self.model, self.config.length, is_lucid=_is_lucid(self.config))[
+                "total"
+            ],
+            peak and peak * self.arguments.world_size,
         )
         stop = StopOnSignal()
         callbacks: list[Any] = [ProgressLine(quiet=self.quiet)]
@@ -291,18 +323,16 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         disable_progress_bar()  # of each file that is written
         trainer.meter = meter
+        start = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             self.say(f"going on from {checkpoint.name}")
+            done = int(checkpoint.name.removeprefix("checkpoint-"))
+            if done == self.arguments.max_steps:
+                # transformers would take one more step before it looks.
+                return self._finished(trainer, checkpoint)
         try:
-            if self.state.num_processes == 1:
-                with stop:
-                    trainer.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
-            else:
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
+            with stop if self.state.num_processes == 1 else contextlib.nullcontext():
+                trainer.train(resume_from_checkpoint=start)
         finally:
             if self.state.is_main_process and trainer.state.log_history:
                 write_curves(trainer.state.log_history, self.out, self._title())
@@ -331,6 +361,17 @@ class _Run:
             )
         held_out = Rows(tokens.part(cut, total), length, document_masks=masks) if share else None
         return training, held_out
+
+    def _finished(self, trainer: MeteredTrainer, checkpoint: Path) -> Outcome:
+        """All steps are done; the model may not have been saved."""
+        model = self.out / "model"
+        if not model.is_dir():
+            trainer._load_from_checkpoint(str(checkpoint))
+            model = self._save(trainer)
+        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        loss = losses[-1] if losses else math.nan
+        return Outcome(self.out, self.arguments.max_steps, True, model, loss)
 
     def arguments_batch(self) -> int:
         """Rows in a step of this process."""
@@ -366,7 +407,8 @@ class _Run:
 
 def _facts(model: Any, config: TrainConfig, arguments: TrainingArguments) -> list[str]:
     """Lines about the model and the training."""
-    count, flops = parameters(model), flops_per_token(model, config.length)
+    count = parameters(model)
+    flops = flops_per_token(model, config.length, is_lucid=_is_lucid(config))
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     per_step = rows * config.length
     c = model.config
@@ -386,27 +428,6 @@ def _facts(model: Any, config: TrainConfig, arguments: TrainingArguments) -> lis
     ]
 
 
-def _new_folder(out: Path | None) -> Path:
-    if out is not None and (out / "config.yaml").is_file():
-        raise TrainError(
-            f"--out {out}: holds a training; go on with it by --resume {out}, or name a new folder"
-        )
-    folder = ResultsFolder.create(out, kind="train")
-    folder.write_json("environment.json", environment_facts())
-    return folder.path
-
-
-def _agreed(out: Path | None, state: PartialState) -> Path:
-    """The main process's folder, in every process."""
-    if state.num_processes == 1:
-        assert out is not None
-        return out
-    names = [str(out)]
-    torch.distributed.broadcast_object_list(names, src=0)
-    return Path(names[0])
-
-
-def _remove_if_unused(out: Path) -> None:
-    """A folder without a configuration holds nothing that a user could go on with."""
-    if not (out / "config.yaml").exists():
-        shutil.rmtree(out, ignore_errors=True)
+def _is_lucid(config: TrainConfig) -> bool:
+    """At the end of the training, whatever a schedule begins with."""
+    return config.attention == "lucid" and config.strength != 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lucid_attention.tasks import needles_in_prose, updatable_memory
+from lucid_attention.tasks.seeding import seeded
 from lucid_attention.tasks.updatable_memory import IGNORED
 
 from .configuration import TrainError
@@ -18,7 +19,6 @@ __all__ = ["MemoryRows", "NeedleRows", "part_of", "read_prose"]
 
 _OPTIONS: dict[str, Any] = {"keys": 64, "values": 64, "query_share": 0.3}
 _TRAINING_ROWS, _VALIDATION_ROWS = 1 << 30, 256
-_STRIDE = 1 << 31
 
 
 class MemoryRows(Dataset[dict[str, Tensor]]):
@@ -64,8 +64,7 @@ class MemoryRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = index + (_TRAINING_ROWS if self.validation else 0)
-        generator = torch.Generator().manual_seed(self.seed * _STRIDE + place)
+        generator = seeded("memory", self.seed, self.validation, index)
         pairs = -(-self.length // 2)
         draw = updatable_memory(1, pairs, generator=generator, **self.options)
         keys, values = int(self.options["keys"]), int(self.options["values"])
@@ -128,8 +127,7 @@ class NeedleRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        place = index + (_TRAINING_ROWS if self.validation else 0)
-        generator = torch.Generator().manual_seed(self.seed * _STRIDE + place)
+        generator = seeded("needles", self.seed, self.validation, index)
         keys, values, queries = (self.options[name] for name in ("keys", "values", "queries"))
         if self.options["vary"]:
             keys = int(torch.randint(1, keys + 1, (), generator=generator))

@@ -80,7 +80,7 @@ def _read(path: Path) -> str:
 
 def _of_lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -93,7 +93,8 @@ def _of_lines(path: Path) -> Iterator[str]:
                         f'text {path}, line {number}: expected a JSON object with a string "text"'
                     )
                 if text.strip():
-                    yield text
+                    # JSON may hold half of a surrogate pair, which no encoding does.
+                    yield text.encode("utf-8", "replace").decode()
     except UnicodeDecodeError:
         raise TrainError(f"text {path}: is not UTF-8 text") from None
 
@@ -120,8 +121,8 @@ def _of_dataset(name: str) -> Iterator[str]:
             f'dataset {name}: expected a column "text", got {", ".join(rows.column_names)}'
         )
     for row in rows:
-        if row["text"].strip():
-            yield row["text"]
+        if row["text"] and row["text"].strip():
+            yield row["text"].encode("utf-8", "replace").decode()
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

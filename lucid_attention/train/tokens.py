@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lucid_attention.tasks.seeding import seeded
+
 from .configuration import TrainError
 
 __all__ = ["Rows", "Shuffled", "Tokens", "write_tokens"]
@@ -74,7 +76,10 @@ def write_tokens(
         def flush() -> None:
             nonlocal total
             # A whole text is longer than any model's limit, which the tokenizer would warn of.
-            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            # And a text that happens to hold "<|endoftext|>" does not end there.
+            encoded = tokenizer(
+                batch, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
             for ids in encoded:
                 ids = [*ids, tokenizer.eos_token_id]
                 starts.append(total)
@@ -147,6 +152,6 @@ class Shuffled(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         epoch, place = divmod(index, len(self.rows))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * (1 << 31) + epoch)
+            generator = seeded("rows", self.seed, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
         return self.rows[int(self._order[place])]

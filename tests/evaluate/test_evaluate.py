@@ -140,6 +140,40 @@ def test_nothing_is_overwritten(checkpoint: str, tmp_path: Path) -> None:
         run(checkpoint, ["needles"], out=tmp_path)
 
 
+def test_lengths_are_run_one_by_one() -> None:
+    """The harness would take its first samples of all lengths together, which are the shortest's."""
+    assert harness.calls_of(["ruler_vt", "boolq", "niah_single_1"], [2048, 4096]) == [
+        (["ruler_vt", "niah_single_1"], [2048]), (["ruler_vt", "niah_single_1"], [4096]), (["boolq"], [2048, 4096]),
+    ]  # fmt: skip
+    assert harness.calls_of(["boolq"], [100]) == [(["boolq"], [100])]
+
+
+def test_a_mirror_counts_as_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import http.server
+    import threading
+
+    server = http.server.HTTPServer(("localhost", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://localhost:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "localhost")
+    assert harness._reaches_the_hub()
+    server.shutdown()
+    server.server_close()
+    assert not harness._reaches_the_hub()
+
+
+def test_models_of_so_many_positions(checkpoint: str, prose: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    folder = tmp_path / "gpt"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=150, n_embd=16, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EvalError, match="does not go beyond its 150 positions, and 400 were asked for"):  # fmt: skip
+        run(str(folder), ["needles"], lengths=[400], limit=1, prose=prose, out=tmp_path / "out")
+
+
 def test_rows_of_the_harness() -> None:
     """Lengths are names of metrics there, and lengths that were not run are -1."""
     found = {
@@ -162,13 +196,15 @@ def test_rows_of_the_harness() -> None:
 def test_the_harness_runs_offline(checkpoint: str, tmp_path: Path) -> None:
     """Through the command, as a user would: one of RULER's tasks beside one of ours."""
     out = tmp_path / "out"
-    arguments = ["eval", checkpoint, "--tasks", "niah_single_1,needles", "--lengths", "2048", "--limit", "1", "--out", str(out)]  # fmt: skip
+    arguments = ["eval", checkpoint, "--tasks", "niah_single_1,needles", "--lengths", "2048,2304", "--limit", "1", "--out", str(out)]  # fmt: skip
     result = CliRunner().invoke(cli.build_app(), arguments)
     assert result.exit_code == 0, result.output
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert [(r["task"], r["length"]) for r in rows] == [("needles", 2048), ("niah_single_1", 2048)]
+    tasks = ("needles", "niah_single_1")
+    assert [(r["task"], r["length"]) for r in rows] == [(t, n) for t in tasks for n in (2048, 2304)]
     own = json.loads((out / "lm_eval.json").read_text())
-    assert own["results"]["niah_single_1"]["2048,none"] == rows[1]["value"]
-    assert own["config"]["limit"] == 1 and (out / "accuracy.png").exists()
+    assert own[0]["results"]["niah_single_1"]["2048,none"] == rows[2]["value"]
+    assert own[1]["results"]["niah_single_1"]["2304,none"] == rows[3]["value"]
+    assert own[0]["config"]["limit"] == 1 and (out / "accuracy.png").exists()
     bad = CliRunner().invoke(cli.build_app(), ["eval", checkpoint, "--lengths", "x"])
     assert bad.exit_code == 2 and "expected numbers such as 1024,4096" in bad.output

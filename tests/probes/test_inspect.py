@@ -104,6 +104,20 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_drawn(parts: tuple[Any, Any], tmp_path: Path) -> None:
+    import copy
+
+    from transformers import ByT5Tokenizer
+
+    model, tokenizer = parts
+    with pytest.raises(InspectError, match="ByT5Tokenizer, does not say where its tokens are"):
+        inspect_text(model, ByT5Tokenizer(), TEXT, out=tmp_path / "out")
+    broken = copy.deepcopy(model)
+    broken.model.layers[2].self_attn.v_proj.weight.data[0] = float("nan")
+    with pytest.raises(InspectError, match="layer 2 are not finite"):
+        inspect_text(broken, tokenizer, TEXT, out=tmp_path / "out")
+
+
 def test_nothing_is_overwritten(parts: tuple[Any, Any], tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FolderError, match="is not empty"):

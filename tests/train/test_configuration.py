@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import SchedulerType
 
 from lucid_attention.train.configuration import (
     TrainConfig,
@@ -108,6 +109,47 @@ def test_no_file(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("learning_rate: fast", "learning_rate: expected a number above 0, got 'fast'"),
+        ("learning_rate: 0", "learning_rate: expected a number above 0"),
+        ("max_steps: many", "max_steps: expected a whole number, at least 1, got 'many'"),
+        ("max_steps: -1", "max_steps: expected a whole number, at least 1, got -1"),
+        ("max_steps: 0", "max_steps: expected"),
+        ("seed: x", "seed: expected a whole number"),
+        ("seed: -1", "seed: expected a whole number"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected"),
+        ("lucid_layers: 3", "lucid_layers: expected a list of layer indices, got 3"),
+        ("lucid_layers: [a]", "lucid_layers: expected a list"),
+        ("lucid_layers: []", "lucid_layers: expected a list"),
+        ("task_options: 5", "task_options: expected key: value pairs"),
+        ("rope_theta: abc", "rope_theta: expected a number above 0"),
+        ("rope_theta: -5", "rope_theta: expected a number above 0"),
+        ("document_masks: maybe", "document_masks: expected true or false"),
+        ("strength: null", "strength: expected a number"),
+    ],
+)
+def test_values_that_transformers_would_take(tmp_path: Path, settings: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"text: a\n{settings}\n")
+    with pytest.raises(TrainError, match=message):
+        training_arguments(load_config(path)[1], tmp_path, validate=False)
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("text: a\nmax_steps: 1e2\nadam_epsilon: 1e-12\n")
+    assert load_config(path)[1] == {"max_steps": 100, "adam_epsilon": 1e-12}
+
+
+def test_settings_of_python(tmp_path: Path) -> None:
+    kept = as_yaml(TrainConfig(text="a"), {"lr_scheduler_type": SchedulerType.COSINE})
+    assert yaml.safe_load(kept)["lr_scheduler_type"] == "cosine"
+    with pytest.raises(TrainError, match="cannot be written down"):
+        as_yaml(TrainConfig(text="a"), {"report_to": object()})
+
+
 def test_bad_training_arguments(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="TrainingArguments: "):
         training_arguments({"lr_scheduler_type": "zigzag"}, tmp_path, validate=False)
@@ -117,3 +159,6 @@ def test_bad_training_arguments(tmp_path: Path) -> None:
 def test_recipes_are_read(name: str) -> None:
     config, arguments = load_config(RECIPES / f"{name}.yaml")
     assert config.attention == "lucid" and arguments["max_steps"] > 0
+    made = training_arguments({**arguments, "bf16": False, "use_cpu": True}, RECIPES, validate=True)
+    # transformers would evaluate eight rows of 65,536 tokens at once.
+    assert made.per_device_eval_batch_size == made.per_device_train_batch_size

@@ -37,6 +37,8 @@ def test_files_folders_patterns_and_lines(tmp_path: Path) -> None:
         json.dumps({"text": "one"}) + "\n\n" + json.dumps({"text": "two", "id": 3}) + "\n"
     )
     assert documents(lines) == ["one", "two"]
+    lines.write_bytes(b'\xef\xbb\xbf{"text": "a \\ud800 b"}\n')
+    assert documents(lines) == ["a ? b"]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +109,13 @@ def test_the_tokenizer_does_not_see_what_is_held_out(tmp_path: Path) -> None:
 
 
 def test_tokens_on_disk(tmp_path: Path) -> None:
-    texts = ["the cat", "", "a mat"]
+    texts = ["the cat", "", "a <|endoftext|> mat"]
     tokenizer = train_tokenizer(texts, 300)
     tokens = write_tokens(texts, tokenizer, tmp_path, quiet=True)
     end = tokenizer.eos_token_id
-    expected = [i for text in texts for i in [*tokenizer(text)["input_ids"], end]]
+    plain = [tokenizer(text, split_special_tokens=True)["input_ids"] for text in texts]
+    expected = [i for ids in plain for i in [*ids, end]]
+    assert expected.count(end) == 3  # what looks like the end is none
     assert tokens.ids.tolist() == expected and tokens.ids.dtype == np.uint16
     assert [expected[s - 1] for s in tokens.starts[1:]] == [end, end]
     again = Tokens.load(tmp_path)
@@ -145,7 +149,7 @@ def test_a_part_cuts_documents() -> None:
 
 def test_an_order_for_every_epoch() -> None:
     rows = Rows(Tokens(np.arange(40, dtype=np.uint16), np.array([0])), 4, document_masks=False)
-    shuffled, again, other = (Shuffled(rows, seed) for seed in (1, 1, 2))
+    shuffled, again, other = (Shuffled(rows, seed) for seed in (1, 1, 3))
     first = [int(shuffled[i]["input_ids"][0]) // 4 for i in range(30)]
     assert all(sorted(first[k : k + 10]) == list(range(10)) for k in (0, 10, 20))
     assert first[:10] != first[10:20] != first[20:]
@@ -174,7 +178,8 @@ def test_memory_rows_are_solved_by_a_dictionary() -> None:
 
 
 def test_memory_rows_repeat_and_differ() -> None:
-    rows, other = MemoryRows(None, 64, seed=1), MemoryRows(None, 64, seed=2)
+    # 1 and 3 are one seed to a generator that keeps 32 bits of seed * 2^31.
+    rows, other = MemoryRows(None, 64, seed=1), MemoryRows(None, 64, seed=3)
     held_out = MemoryRows(None, 64, seed=1, validation=True)
     assert torch.equal(rows[7]["input_ids"], MemoryRows(None, 64, seed=1)[7]["input_ids"])
     seen = {tuple(x["input_ids"].tolist()) for x in (rows[0], rows[1], other[0], held_out[0])}

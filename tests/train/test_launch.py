@@ -78,5 +78,10 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("flops a token") == 1
         found[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    bad = [*launch, "-m", "lucid_attention", "train", str(written(tmp_path, 2)), "--out", str(tmp_path / "x"), "--set", "text=nowhere"]  # fmt: skip
+    done = subprocess.run(bad, env=environment, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    assert done.stderr.count("lucid train: text nowhere: no such file") == 1
+    assert "lucid_attention/train/" not in done.stderr  # no traceback but torchrun's own
+    assert not (tmp_path / "x").exists()
     for name, expected in found["one"].items():
         torch.testing.assert_close(found["two"][name], expected, rtol=1e-4, atol=1e-5)

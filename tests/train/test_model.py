@@ -146,6 +146,9 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
     assert found["matmul"] == 6 * (weights + norms)
     assert found["attention"] == 7 * 64 * 18 * heads * 2
     assert found["solve"] == 7 * 64 * 18 * 2 * 2
+    rising = build_model(small(strength_steps=5), 50, seed=0)
+    assert flops_per_token(rising, 64)["solve"] == 0
+    assert flops_per_token(rising, 64, is_lucid=True)["solve"] == found["solve"]
     assert peak_flops(torch.device("cpu")) is None
 
 

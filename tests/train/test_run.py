@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -257,3 +258,108 @@ def test_a_dry_run_trains_nothing() -> None:
     lines = describe(settings, {"bf16": True, "max_steps": 100})
     assert "22 layers of width 2048, 32 heads (4 KV) of 68" in lines[0]
     assert lines[1].startswith("training: 100 steps of 8 x 2,048 tokens, 1,638,400 in all")
+
+
+def test_a_finished_run_is_finished(novel: Path, tmp_path: Path) -> None:
+    """Going on with it changes nothing; a model that was not saved any more is saved from the last checkpoint."""
+    outcome = run(config(novel, attention="softmax"), tmp_path / "run", lr_scheduler_type="constant")  # fmt: skip
+    before = (outcome.model / "model.safetensors").read_bytes()
+    again = continue_training(outcome.folder, say=lambda line: None, quiet=True)
+    assert (again.step, again.finished, again.loss) == (6, True, outcome.loss)
+    assert (again.model / "model.safetensors").read_bytes() == before
+    shutil.rmtree(outcome.model)
+    saved = continue_training(outcome.folder, say=lambda line: None, quiet=True)
+    assert (saved.model / "model.safetensors").read_bytes() == before
+    with pytest.raises(TrainError, match="max_steps: 6 steps are done already, got 4"):
+        continue_training(outcome.folder, ["max_steps=4"])
+
+
+def test_unfinished_checkpoints_do_not_cost_whole_ones(novel: Path, tmp_path: Path) -> None:
+    outcome = run(config(novel), tmp_path / "run", save_total_limit=1)
+    (outcome.folder / "checkpoint-40").mkdir()
+    (outcome.folder / "checkpoint-40" / "model.safetensors").write_bytes(b"half")
+    longer = continue_training(outcome.folder, ["max_steps=9"], say=lambda line: None, quiet=True)
+    assert longer.finished
+    assert {p.name for p in outcome.folder.glob("*-[0-9]*")} == {"checkpoint-9", "unfinished-40"}
+
+
+def test_a_run_killed_before_its_first_step_goes_on(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from lucid_attention.train import run as module
+
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(module, "write_tokens", killed)
+    with pytest.raises(SystemExit):
+        run(config(novel), tmp_path / "run")
+    monkeypatch.undo()
+    assert continue_training(tmp_path / "run", say=lambda line: None, quiet=True).finished
+
+
+def test_bad_changes_change_nothing(novel: Path, tmp_path: Path) -> None:
+    folder = run(config(novel), tmp_path / "run", max_steps=2).folder
+    before = (folder / "config.yaml").read_text()
+    for change, message in (
+        ("max_steps=abc", "max_steps: expected a whole number"),
+        ("max_steps=[1", "the value is not YAML"),
+        ("max_steps", "expected key=value"),
+        ("seed=2", "seed: cannot change"),
+    ):
+        with pytest.raises(TrainError, match=message):
+            continue_training(folder, [change])
+    assert (folder / "config.yaml").read_text() == before
+    facts = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**facts, "processes": 8}))
+    with pytest.raises(TrainError, match="was trained by 8 processes, got 1"):
+        continue_training(folder)
+    (folder / "environment.json").unlink()
+    assert continue_training(folder, [" max_steps =3"], say=lambda line: None, quiet=True).step == 3
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(TrainError, match="expected lines of the form"):
+        continue_training(folder)
+
+
+def test_a_moved_model_needs_its_source_no_more(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    first = run(config(novel, attention="softmax"), tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    moved = TrainConfig(tokens_of="first", init_from="first/model", length=48, validation_share=0.1, strength=0.5)  # fmt: skip
+    outcome = run(moved, tmp_path / "second", max_steps=3)
+    monkeypatch.chdir("/")
+    shutil.rmtree(first.folder)
+    longer = continue_training(outcome.folder, ["max_steps=5"], say=lambda line: None, quiet=True)
+    assert longer.finished
+    assert (strengths(AutoModelForCausalLM.from_pretrained(longer.model)) == 0.5).all()
+
+
+def test_a_folder_that_was_there_stays(novel: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(TrainError, match="no such file"):
+        run(config(novel, text="nowhere"), tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_what_is_held_out_is_the_end(novel: Path, tmp_path: Path) -> None:
+    from lucid_attention.train.run import _Run
+
+    outcome = run(config(novel), tmp_path / "run", max_steps=1)
+    made = _Run(config(novel), {**ARGUMENTS}, outcome.folder, lambda line: None, True)
+    whole = np.fromfile(outcome.folder / "data" / "tokens.bin", dtype=np.uint16)
+    training, held_out = made.training.tokens.ids, made.held_out.tokens.ids
+    assert np.array_equal(np.concatenate((training, held_out)), whole)
+    assert len(held_out) == max(48, round(0.1 * len(whole)))
+
+
+def test_the_meter_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lucid_attention.train import progress
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    meter = progress.Meter(tokens_per_step=1000, flops_per_token=5.0, peak=20_000.0)
+    cpu = torch.device("cpu")
+    assert meter.read(3, cpu) == {}
+    meter.start(0)
+    now[0] += 6.0
+    meter.leave_out(4.0)  # an evaluation
+    assert meter.read(2, cpu) == {"tokens_per_s": pytest.approx(1000.0), "mfu": pytest.approx(0.25)}
+    now[0] += 4.0
+    assert meter.read(4, cpu)["tokens_per_s"] == pytest.approx(500.0)
