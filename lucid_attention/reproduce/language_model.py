@@ -48,8 +48,8 @@ def train_cell(
     """Train in a folder, or go on there; its log."""
     given: dict[str, Any] = {
         "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if tiny else 32, "learning_rate": 1e-3,
-        "bf16": device.type == "cuda", "use_cpu": device.type == "cpu", "report_to": "none", "eval_steps": 0.25,
-        "save_steps": 0.25, "save_total_limit": 1, "per_device_eval_batch_size": 2 if tiny else 16, **arguments,
+        "bf16": device.type == "cuda", "use_cpu": device.type == "cpu", "report_to": "none", "eval_steps": 1.0 if tiny else 0.25,
+        "save_steps": 0.25, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip
     run = work / "run"
     quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}

@@ -69,7 +69,7 @@ class Moving(Experiment):
             # Evaluated before the first step too: what the switch itself costs.
             log = train_cell(
                 moved, then, seeds[0] + 1000, device, tiny, work / way, tick,
-                eval_on_start=True, eval_steps=0.125, warmup_steps=0.1,
+                eval_on_start=True, eval_steps=1.0 if tiny else 0.125, warmup_steps=0.1,
             )  # fmt: skip
             rows.append({"seed": seeds[0], "way": way, "step": -1, "loss": before})
             rows += [

@@ -6,10 +6,11 @@ from .experiment import Experiment
 from .language_model import LanguageModel
 from .memory import Memory
 from .moving import Moving
+from .needles import Needles
 from .two_phase import TwoPhase
 
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one for one in (Memory(), TwoPhase(), LanguageModel(), Moving())
+    one.name: one for one in (Memory(), TwoPhase(), Needles(), LanguageModel(), Moving())
 }

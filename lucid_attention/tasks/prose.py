@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,14 +66,15 @@ def words(text: str) -> int:
     return len(words_of(text))
 
 
-def sentences_of(prose: str) -> list[str]:
+@functools.lru_cache(maxsize=8)  # the same text serves thousands of samples
+def sentences_of(prose: str) -> tuple[str, ...]:
     """The sentences of a text, each on one line.
 
     Raises:
         ValueError: there are none.
     """
     text = " ".join(prose.split())
-    found = [s for s in re.split(r"(?<=[.!?]['\"”’]) |(?<=[.!?]) ", text) if s]
+    found = tuple(s for s in re.split(r"(?<=[.!?]['\"”’]) |(?<=[.!?]) ", text) if s)
     if not found:
         raise ValueError("prose must have at least one sentence, got none")
     return found

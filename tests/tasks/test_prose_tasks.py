@@ -93,8 +93,8 @@ def test_the_length_may_be_in_tokens_and_a_short_text_is_gone_through_again() ->
 
 
 def test_sentences() -> None:
-    assert sentences_of(SHORT) == ["It was late.", '"Who is there?"', "Nobody came!", "The rain had stopped."]  # fmt: skip
-    assert sentences_of("no end\nof it") == ["no end of it"]
+    assert sentences_of(SHORT) == ("It was late.", '"Who is there?"', "Nobody came!", "The rain had stopped.")  # fmt: skip
+    assert sentences_of("no end\nof it") == ("no end of it",)
 
 
 def test_scores() -> None:

@@ -1,0 +1,147 @@
+"""Needles in prose with a small language model: trained on text, then on the task, and tested beyond the length of both."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lucid_attention.evaluate.prose import parse_task, run_task
+from lucid_attention.train import TrainConfig
+from lucid_attention.train.tasks import part_of, read_prose
+
+from .experiment import Cell, Experiment, Row, paired, spread_of
+from .language_model import settings, train_cell
+
+__all__ = ["Needles"]
+
+SIDES = ("softmax", "lucid", "softmax+10%")
+"""The last trains softmax for a tenth more steps, of text and of the task."""
+
+
+class Needles(Experiment):
+    """34M parameters with RoPE: 59M tokens of text, then 400 steps of the task with 1 to 10 needles, at 2048 tokens."""
+
+    name = "needles"
+    claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
+    gpu_minutes = 28.0
+    cpu_minutes = None
+    per_seed = True
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """A model for each side and seed."""
+        return [{"attention": side} for side in (SIDES[:2] if tiny else SIDES)]
+
+    def lengths(self, cell: Cell, tiny: bool) -> tuple[int, int]:
+        """Steps of text and of the task."""
+        text, task = (4, 4) if tiny else (900, 400)
+        more = 1.1 if cell["attention"].endswith("+10%") else 1.0
+        return round(text * more), round(task * more)
+
+    def grid(self, tiny: bool) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Needles, lengths, and samples of each."""
+        return ((1, 2), (200,), 2) if tiny else ((1, 2, 4, 6, 10), (1024, 2048, 4096, 8192), 100)
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        return sum(self.lengths(cell, tiny))
+
+    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
+        attention = cell["attention"].removesuffix("+10%")
+        first, then = self.lengths(cell, tiny)
+        seed = seeds[0]
+        text = settings(tiny, work.parent, attention=attention, length=256 if tiny else 2048)
+        log = train_cell(text, first, seed, device, tiny, work / "text", tick)
+        loss = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+        keys, lengths, number = self.grid(tiny)
+        task = TrainConfig(
+            task="needles", task_options={"keys": keys[-1]}, init_from=str(work / "text" / "run" / "model"),
+            attention=attention, length=text.length,
+        )  # fmt: skip
+        workers = min(8, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0
+        train_cell(task, then, seed, device, tiny, work / "task", tick, learning_rate=5e-4, dataloader_num_workers=workers)  # fmt: skip
+        folder = work / "task" / "run" / "model"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        prose = part_of(read_prose(None), True)
+        rows = []
+        for count in keys:
+            for length in lengths:
+                asked = parse_task(f"needles:keys={count}")
+                assert asked is not None
+                found, _ = run_task(
+                    asked, model, tokenizer, prose, length, number=number, batch_size=max(1, 65536 // length) if not tiny else 2,
+                    seed=1, quiet=True,
+                )  # fmt: skip
+                rows.append({"seed": seed, "needles": count, "length": length, "accuracy": found["value"], "text_loss": loss})  # fmt: skip
+        return rows
+
+    def summary(self, rows: list[Row]) -> str:
+        """Accuracy by needles and length, and paired differences."""
+        counts = sorted({row["needles"] for row in rows})
+        lengths = sorted({row["length"] for row in rows})
+        lines = [
+            "# Needles in prose",
+            "",
+            "Accuracy, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where it "
+            "exceeds two of them. Both trainings were at 2048 tokens.",
+            "",
+            "| needles | side | " + " | ".join(map(str, lengths)) + " |",
+            "|---|---|" + "---|" * len(lengths),
+        ]  # fmt: skip
+
+        def at(side: str, count: int, length: int) -> list[Row]:
+            return [r for r in rows if (r["attention"], r["needles"], r["length"]) == (side, count, length)]  # fmt: skip
+
+        for count in counts:
+            for side in SIDES:
+                cells = [at(side, count, length) for length in lengths]
+                if any(cells):
+                    said = ["{:.3f} ± {:.3f}".format(*spread_of(c, "accuracy")) if c else "" for c in cells]  # fmt: skip
+                    lines.append(f"| {count} | {side} | " + " | ".join(said) + " |")
+            for rival in SIDES[::2]:
+                gaps = [paired(at("lucid", count, n), at(rival, count, n), "accuracy") for n in lengths]  # fmt: skip
+                if any(gap.seeds for gap in gaps):
+                    said = [f"**{g.mean:+.3f} ± {g.error:.3f}**" if g.counts else f"{g.mean:+.3f} ± {g.error:.3f}" for g in gaps]  # fmt: skip
+                    lines.append(f"| {count} | LUCID - {rival} | " + " | ".join(said) + " |")
+        lines += ["", "| side | held-out loss on text |", "|---|---|"]
+        for side in SIDES:
+            mine = {r["seed"]: r for r in rows if r["attention"] == side}
+            if mine:
+                lines.append(f"| {side} | " + "{:.4f} ± {:.4f}".format(*spread_of(mine.values(), "text_loss")) + " |")  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """Heat maps of accuracy, a panel for each side."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        counts = sorted({row["needles"] for row in rows})
+        lengths = sorted({row["length"] for row in rows})
+        sides = [side for side in SIDES if any(row["attention"] == side for row in rows)]
+        figure, axes = plt.subplots(1, len(sides), figsize=(3.8 * len(sides), 3.4), squeeze=False, layout="constrained")  # fmt: skip
+        for axis, side in zip(axes[0], sides, strict=True):
+            table: list[list[float]] = []
+            for count in counts:
+                cells = [[r for r in rows if (r["attention"], r["needles"], r["length"]) == (side, count, n)] for n in lengths]  # fmt: skip
+                table.append([spread_of(c, "accuracy")[0] if c else float("nan") for c in cells])
+            shown: Any = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for y, line in enumerate(table):
+                for x, value in enumerate(line):
+                    axis.text(x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black", fontsize=8)  # fmt: skip
+            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+            axis.set_yticks(range(len(counts)), [str(n) for n in counts])
+            axis.set(title=side, xlabel="tokens")
+        axes[0, 0].set_ylabel("needles")
+        figure.colorbar(shown, ax=axes[0, -1], label="accuracy")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
