@@ -322,6 +322,8 @@ def split(content: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name, value in content.items():
         value = _number(value)
+        if value is False and str(name).endswith("_strategy"):
+            value = "no"  # which YAML reads as false
         if name in _DEFAULTS:
             ours[name] = (
                 tuple(value) if name == "lucid_layers" and isinstance(value, list) else value

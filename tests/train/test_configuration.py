@@ -139,8 +139,10 @@ def test_values_that_transformers_would_take(tmp_path: Path, settings: str, mess
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("text: a\nmax_steps: 1e2\nadam_epsilon: 1e-12\n")
-    assert load_config(path)[1] == {"max_steps": 100, "adam_epsilon": 1e-12}
+    path.write_text("text: a\nmax_steps: 1e2\nadam_epsilon: 1e-12\nsave_strategy: no\n")
+    assert load_config(path)[1] == {"max_steps": 100, "adam_epsilon": 1e-12, "save_strategy": "no"}
+    kept = load_config(path, ["eval_strategy=no"])
+    assert split(yaml.safe_load(as_yaml(*kept))) == kept
 
 
 def test_settings_of_python(tmp_path: Path) -> None:
