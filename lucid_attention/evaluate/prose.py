@@ -108,9 +108,10 @@ def run_task(
     batch_size: int,
     seed: int,
     quiet: bool,
+    samples: list[Sample] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Accuracy of one task at one length: a row, and what was asked and said."""
-    samples = list(task.samples(prose, tokenizer, length, number, seed))
+    """Accuracy of one task at one length: a row, and what was asked and said; ``samples``: made already."""
+    samples = samples or list(task.samples(prose, tokenizer, length, number, seed))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said: list[str] = []
     bar = tqdm(total=number, desc=f"{task.name} at {length}", disable=quiet or None, leave=False)

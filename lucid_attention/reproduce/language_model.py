@@ -15,7 +15,7 @@ import torch
 from lucid_attention.train import TrainConfig, TrainError, train
 from lucid_attention.train.run import continue_training, prepare_tokens
 
-from .corpus import write_corpus
+from .corpus import corpus_id, write_corpus
 from .experiment import Cell, Experiment, Row, paired, spread_of
 
 __all__ = ["LanguageModel", "settings", "train_cell"]
@@ -94,7 +94,10 @@ class LanguageModel(Experiment):
         rates = sorted(entry["tokens_per_s"] for entry in log if "tokens_per_s" in entry)
         rate = rates[len(rates) // 2] if rates else math.nan
         return [
-            {"seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate}
+            {
+                "seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate,
+                "corpus": corpus_id(work.parent / "corpus.jsonl"),
+            }
             for entry in log
             if "eval_loss" in entry
         ]  # fmt: skip
@@ -106,7 +109,7 @@ class LanguageModel(Experiment):
             "# Language-model loss",
             "",
             f"Held-out loss, nats a token, after {last} steps; mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
-            "differences ± its standard error, bold where it exceeds two of them; seeds: how many it would take to tell a difference "
+            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself); seeds: how many it would take to tell a difference "
             "of this size.",
             "",
             "| position | head size | softmax | LUCID | LUCID - softmax | seeds | tokens/s, LUCID / softmax |",

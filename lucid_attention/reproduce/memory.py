@@ -121,7 +121,7 @@ class Memory(Experiment):
             "# Updatable memory",
             "",
             "Accuracy on the last quarter of sequences, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
-            "differences ± its standard error, bold where it exceeds two of them.",
+            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself).",
             "",
             "| position | keys | head size | layers | cosine | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
             "|---|---|---|---|---|---|" + "---|" * len(multiples),

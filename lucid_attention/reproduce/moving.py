@@ -11,6 +11,7 @@ import torch
 
 from lucid_attention.train import TrainConfig
 
+from .corpus import corpus_id
 from .experiment import Cell, Experiment, Row, paired, spread_of
 from .language_model import settings, train_cell
 
@@ -71,11 +72,13 @@ class Moving(Experiment):
                 moved, then, seeds[0] + 1000, device, tiny, work / way, tick,
                 eval_on_start=True, eval_steps=1.0 if tiny else 0.125, warmup_steps=0.1,
             )  # fmt: skip
-            rows.append({"seed": seeds[0], "way": way, "step": -1, "loss": before})
+            corpus = corpus_id(shared / "corpus.jsonl")
+            rows.append(
+                {"seed": seeds[0], "way": way, "step": -1, "loss": before, "corpus": corpus}
+            )
             rows += [
-                {"seed": seeds[0], "way": way, "step": int(entry["step"]), "loss": entry["eval_loss"]}
-                for entry in log
-                if "eval_loss" in entry
+                {"seed": seeds[0], "way": way, "step": int(entry["step"]), "loss": entry["eval_loss"], "corpus": corpus}
+                for entry in {e["step"]: e for e in log if "eval_loss" in e}.values()
             ]  # fmt: skip
         return rows
 
@@ -86,7 +89,7 @@ class Moving(Experiment):
             "# Moving a softmax model to LUCID",
             "",
             f"Held-out loss, nats a token: before, switched and untrained, and after {last} more steps; mean ± standard deviation over seeds; "
-            "against softmax that trained on: mean of the paired differences ± its standard error, bold where it exceeds two of them.",
+            "against softmax that trained on: mean of the paired differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself).",
             "",
             f"| position | way | before | switched | after {last} | way - softmax |",
             "|---|---|---|---|---|---|",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lucid_attention.evaluate.prose import parse_task, run_task
+from lucid_attention.evaluate.prose import ProseTask, parse_task, run_task
+from lucid_attention.tasks import Sample
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.tasks import part_of, read_prose
 
+from .corpus import corpus_id
 from .experiment import Cell, Experiment, Row, paired, spread_of
 from .language_model import settings, train_cell
 
@@ -69,6 +72,7 @@ class Needles(Experiment):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         prose = part_of(read_prose(None), True)
+        corpus = corpus_id(work.parent / "corpus.jsonl")
         rows = []
         for count in keys:
             for length in lengths:
@@ -76,10 +80,21 @@ class Needles(Experiment):
                 assert asked is not None
                 found, _ = run_task(
                     asked, model, tokenizer, prose, length, number=number, batch_size=max(1, 65536 // length) if not tiny else 2,
-                    seed=1, quiet=True,
+                    seed=seed, quiet=True, samples=self._questions(asked, prose, tokenizer, length, number, seed, work.parent),
                 )  # fmt: skip
-                rows.append({"seed": seed, "needles": count, "length": length, "accuracy": found["value"], "text_loss": loss})  # fmt: skip
+                rows.append({"seed": seed, "needles": count, "length": length, "accuracy": found["value"], "text_loss": loss, "corpus": corpus})  # fmt: skip
         return rows
+
+    def _questions(self, task: ProseTask, prose: str, tokenizer: Any, length: int, number: int, seed: int, shared: Path) -> list[Sample]:  # fmt: skip
+        """The same for every side, others for every seed. Making them takes a CPU longer than answering takes a GPU."""
+        path = shared / f"questions-{task.options['keys']}-{length}-{number}-{seed}.pickle"
+        if not path.is_file():
+            made = list(task.samples(prose, tokenizer, length, number, seed))
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps(made))
+            partial.replace(path)
+        found: list[Sample] = pickle.loads(path.read_bytes())
+        return found
 
     def summary(self, rows: list[Row]) -> str:
         """Accuracy by needles and length, and paired differences."""
@@ -88,8 +103,8 @@ class Needles(Experiment):
         lines = [
             "# Needles in prose",
             "",
-            "Accuracy, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where it "
-            "exceeds two of them. Both trainings were at 2048 tokens.",
+            "Accuracy, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where "
+            "chance would give as much less than once in twenty times (Student's t, each by itself). Both trainings were at 2048 tokens.",
             "",
             "| needles | side | " + " | ".join(map(str, lengths)) + " |",
             "|---|---|" + "---|" * len(lengths),

@@ -254,7 +254,10 @@ class _Run:
             self.held_out = MemoryRows(options, length, seed=seed, validation=True)
             vocabulary = self.training.vocabulary
         elif config.task == "needles":
-            self.tokenizer = load_tokenizer(config)
+            with said_once(self.state):
+                if self.state.is_main_process and not (out / "tokenizer").is_dir():
+                    load_tokenizer(config).save_pretrained(out / "tokenizer")
+            self.tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
             arguments = (config.task_options, config.length, self.tokenizer)
             self.training = NeedleRows(*arguments, seed=seed)
             self.held_out = NeedleRows(*arguments, seed=seed, validation=True)
@@ -330,6 +333,9 @@ class _Run:
             if done == self.arguments.max_steps:
                 # transformers would take one more step before it looks.
                 return self._finished(trainer, checkpoint)
+        if self.state.is_main_process:
+            # Of fewer steps than it will be; should this run be killed after its last one, it must not pass for the result.
+            shutil.rmtree(self.out / "model", ignore_errors=True)
         try:
             with stop if self.state.num_processes == 1 else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=start)
@@ -369,6 +375,8 @@ class _Run:
             trainer._load_from_checkpoint(str(checkpoint))
             model = self._save(trainer)
         history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        if self.state.is_main_process:
+            write_curves(history, self.out, self._title())
         losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
         loss = losses[-1] if losses else math.nan
         return Outcome(self.out, self.arguments.max_steps, True, model, loss)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lucid_attention import cli
 from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, reproduce
-from lucid_attention.reproduce.experiment import paired, spread_of
+from lucid_attention.reproduce.experiment import paired, quantile, spread_of
 from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.results import FolderError
 
@@ -29,7 +29,7 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     seeds = 1 if one.per_seed else 3  # each of these takes seconds
     folder = run(name, tmp_path / "out", seeds=seeds)
     assert len(list((folder / "cells").glob("*.json"))) == len(one.cells(True))
-    assert not list((folder / "work").glob("*/run"))  # what a cell needed is gone
+    assert not (folder / "work").exists()  # what the cells needed is gone
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(1, seeds + 1)}
     sides = {row.get("attention") or row["way"] for row in rows}
@@ -81,6 +81,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         run("memory", tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
+    assert "LUCID - softmax" in (tmp_path / "out" / "summary.md").read_text()  # of what there is
     monkeypatch.setattr(memory, "run", real)
     said: list[str] = []
     folder = reproduce(EXPERIMENTS["memory"], out=tmp_path / "out", tiny=True, device="cpu", say=said.append, quiet=True)  # fmt: skip
@@ -90,6 +91,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
     folder = run("memory", tmp_path / "out", most_seconds=-1.0)
+    assert (folder / "work").exists() or not list((folder / "cells").iterdir())
     assert not (folder / "results.csv").exists()
 
 
@@ -116,8 +118,14 @@ def test_paired_differences_by_hand() -> None:
     assert gap.counts and str(gap) == "+2.667 ± 0.333 (3 seeds)"
     small = paired(rows({1: 0.1, 2: -0.1, 3: 0.3}), rows({1: 0, 2: 0, 3: 0}), "x")
     assert not small.counts
-    # 2 * 0.2 / sqrt(n) < 0.1 from 16 on
-    assert small.seeds_to_resolve == 16
+    # t(17) * 0.2 / sqrt(18) = 2.11 * 0.2 / 4.24 < 0.1
+    assert small.seeds_to_resolve == 18
+    nothing = paired(rows({1: math.nan, 2: 1.0, 3: 2.0}), rows({1: 0, 2: 0, 3: 0}), "x")
+    assert not nothing.counts and nothing.seeds_to_resolve == math.inf
+    # Two standard errors of three seeds are chance in 18 % of all cases.
+    assert not paired(rows({1: 1.0, 2: 2.0, 3: 0.0}), rows({1: 0, 2: 0, 3: -1.0}), "x").counts
+    exact = {2: 12.706, 3: 4.303, 11: 2.228, 12: 2.201, 31: 2.042, 101: 1.984}
+    assert all(quantile(n) == pytest.approx(t, rel=0.005) for n, t in exact.items())
     assert not paired(
         rows({1: 9.0, 2: 9.0}), rows({1: 0, 2: 0}), "x"
     ).counts  # two seeds are too few
@@ -138,3 +146,19 @@ def test_the_command(tmp_path: Path) -> None:
     code, text = lucid("memory", "--tiny", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path / "out"))  # fmt: skip
     assert code == 0 and "# Updatable memory" in text
     assert lucid("nothing")[0] == lucid()[0] == 2
+
+
+def test_the_test_prose_is_not_trained_on(tmp_path: Path) -> None:
+    from lucid_attention.reproduce.corpus import corpus_id, write_corpus
+    from lucid_attention.tasks.prose import sentences_of
+    from lucid_attention.train.tasks import part_of, read_prose
+
+    path = write_corpus(tmp_path / "corpus.jsonl")
+    text = " ".join(
+        path.read_text(encoding="utf-8").replace("\\n", " ").replace('\\"', '"').split()
+    )
+    long = [s for s in sentences_of(part_of(read_prose(None), True)) if len(s) > 60]
+    trained = [s for s in sentences_of(part_of(read_prose(None), False)) if len(s) > 60]
+    assert len(long) > 300 and not [s for s in long if s in text]
+    assert sum(s in text for s in trained[:300]) > 250  # the search finds what is there
+    assert len(corpus_id(path)) == 12 and write_corpus(path) == path

@@ -274,6 +274,28 @@ def test_a_finished_run_is_finished(novel: Path, tmp_path: Path) -> None:
         continue_training(outcome.folder, ["max_steps=4"])
 
 
+def test_a_shorter_runs_model_is_not_the_longer_ones(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Killed after the last checkpoint and before the model was saved: the model of fewer steps is not taken for it."""
+    from lucid_attention.train import run as module
+
+    outcome = run(config(novel), tmp_path / "run", lr_scheduler_type="constant")
+    short = weights(outcome.model)["lm_head.weight"]
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(module._Run, "_save", killed)
+    with pytest.raises(SystemExit):
+        continue_training(outcome.folder, ["max_steps=9"], say=lambda line: None, quiet=True)
+    monkeypatch.undo()
+    (outcome.folder / "log.csv").unlink()
+    longer = continue_training(outcome.folder, say=lambda line: None, quiet=True)
+    found = weights(longer.model)["lm_head.weight"]
+    assert longer.step == 9 and not torch.equal(found, short)
+    assert torch.equal(found, weights(outcome.folder / "checkpoint-9")["lm_head.weight"])
+    assert "9," in (outcome.folder / "log.csv").read_text()
+
+
 def test_unfinished_checkpoints_do_not_cost_whole_ones(novel: Path, tmp_path: Path) -> None:
     outcome = run(config(novel), tmp_path / "run", save_total_limit=1)
     (outcome.folder / "checkpoint-40").mkdir()
@@ -325,7 +347,10 @@ def test_a_moved_model_needs_its_source_no_more(novel: Path, tmp_path: Path, mon
     moved = TrainConfig(tokens_of="first", init_from="first/model", length=48, validation_share=0.1, strength=0.5)  # fmt: skip
     outcome = run(moved, tmp_path / "second", max_steps=3)
     monkeypatch.chdir("/")
+    task = TrainConfig(task="needles", init_from=str(first.model), length=400)
+    needles = run(task, tmp_path / "third", max_steps=1, per_device_train_batch_size=1, eval_strategy="no")  # fmt: skip
     shutil.rmtree(first.folder)
+    assert continue_training(needles.folder, ["max_steps=2"], say=lambda line: None, quiet=True).finished  # fmt: skip
     longer = continue_training(outcome.folder, ["max_steps=5"], say=lambda line: None, quiet=True)
     assert longer.finished
     assert (strengths(AutoModelForCausalLM.from_pretrained(longer.model)) == 0.5).all()
