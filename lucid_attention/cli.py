@@ -69,6 +69,19 @@ def build_app() -> typer.Typer:
         False, "--quick", help="A look in about a minute: the models stay undertrained."
     )
 
+    model_argument = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub.")
+    dtype_option = typer.Option(
+        "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
+    )
+    device_option = typer.Option(
+        None, "--device", show_default="cuda where there is one", help="Where it runs."
+    )
+    strength_option = typer.Option(
+        None,
+        "--strength",
+        show_default="as the model was saved",
+        help="Switch to LUCID of this strength, 0 to 1.",
+    )
     config_argument = typer.Argument(None, help="A YAML file; recipes/ has some.")
     changes_option = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="A setting, over what the file says."
@@ -218,7 +231,7 @@ def build_app() -> typer.Typer:
 
     @app.command()
     def generate(
-        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        model: str = model_argument,
         prompt: str | None = typer.Option(None, "--prompt", "-p", help="The text to continue."),
         file: Path | None = file_option,
         new_tokens: int = typer.Option(200, "--new-tokens", "-n", help="At most so many."),
@@ -236,18 +249,9 @@ def build_app() -> typer.Typer:
         cache: str = typer.Option(
             "dynamic", "--cache", help="dynamic, static (compiled on a GPU) or offloaded."
         ),
-        strength: float | None = typer.Option(
-            None,
-            "--strength",
-            show_default="as the model was saved",
-            help="Switch to LUCID of this strength, 0 to 1.",
-        ),
-        dtype: str = typer.Option(
-            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
-        ),
-        device: str | None = typer.Option(
-            None, "--device", show_default="cuda where there is one", help="Where it runs."
-        ),
+        strength: float | None = strength_option,
+        dtype: str = dtype_option,
+        device: str | None = device_option,
     ) -> None:
         """Continue a prompt with a LUCID checkpoint, or any other causal language model.
 
@@ -272,7 +276,7 @@ def build_app() -> typer.Typer:
 
     @app.command("eval")
     def eval_command(
-        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        model: str = model_argument,
         tasks: str = typer.Option(
             "needles", "--tasks", "-t", help="needles, tracking:hops=2, niah_single_1, ruler, ..."
         ),
@@ -281,18 +285,9 @@ def build_app() -> typer.Typer:
         batch_size: int = typer.Option(1, "--batch-size", help="Rows at once."),
         seed: int = typer.Option(1, "--seed", min=0, help="Of the samples."),
         prose: Path | None = prose_option,
-        strength: float | None = typer.Option(
-            None,
-            "--strength",
-            show_default="as the model was saved",
-            help="Switch to LUCID of this strength, 0 to 1.",
-        ),
-        dtype: str = typer.Option(
-            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
-        ),
-        device: str | None = typer.Option(
-            None, "--device", show_default="cuda where there is one", help="Where it runs."
-        ),
+        strength: float | None = strength_option,
+        dtype: str = dtype_option,
+        device: str | None = device_option,
         out: Path | None = eval_option,
     ) -> None:
         """Evaluate a checkpoint: needles in prose, variable tracking, and lm-evaluation-harness.
@@ -336,9 +331,7 @@ def build_app() -> typer.Typer:
         minutes: float | None = typer.Option(
             None, "--minutes", help="Begin no cell after so long; the same command goes on."
         ),
-        device: str | None = typer.Option(
-            None, "--device", show_default="cuda where there is one", help="Where it runs."
-        ),
+        device: str | None = device_option,
         out: Path | None = reproduce_option,
     ) -> None:
         """Reproduce a row of docs/evidence.md: LUCID beside softmax, paired seeds, spread.
@@ -372,7 +365,7 @@ def build_app() -> typer.Typer:
 
     @app.command("inspect")
     def inspect_command(
-        model: str = typer.Argument(..., help="A checkpoint's folder, or a model id on the hub."),
+        model: str = model_argument,
         prompt: str | None = typer.Option(None, "--prompt", "-p", help="The text to look at."),
         file: Path | None = text_file_option,
         needle: str | None = typer.Option(
@@ -390,12 +383,8 @@ def build_app() -> typer.Typer:
             show_default="the model's own; 1 in softmax layers",
             help="Of the preconditioner that is looked at, 0 to 1.",
         ),
-        dtype: str = typer.Option(
-            "auto", "--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16."
-        ),
-        device: str | None = typer.Option(
-            None, "--device", show_default="cuda where there is one", help="Where it runs."
-        ),
+        dtype: str = dtype_option,
+        device: str | None = device_option,
         out: Path | None = inspect_option,
     ) -> None:
         """Look inside a checkpoint: its attention on a text, before and after preconditioning.
