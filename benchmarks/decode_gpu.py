@@ -1,6 +1,6 @@
 """Decoding on a GPU beside softmax attention: one step against a cache, a model's tokens a second, drift.
 
-    make bench-decode                                    # everything, 6 minutes on an H200
+    make bench-decode                                    # everything
     python -m benchmarks.decode_gpu --part step          # or model, or drift
 
 Writes ``decode-GPU.csv`` (steps), ``decode-model-GPU.csv``, ``decode-drift-GPU.csv``, ``.json`` (conditions), ``.md``

@@ -1,6 +1,6 @@
 """A training step of the 1B model on a GPU, LUCID beside softmax attention: time, tokens a second, memory.
 
-    make bench-train                                       # 4K, 32K, 128K, head sizes 68 and 64: about 4 minutes
+    make bench-train                                       # 4K, 32K, 128K, head sizes 68 and 64
     python -m benchmarks.train_gpu --lengths 4096 --head-dims 64
 
 The model is that of ``recipes/paper-1b.yaml`` (22 layers, width 2048, 32 query and 4 KV heads), weights and AdamW's moments in

@@ -347,7 +347,8 @@ def build_app() -> typer.Typer:
         if listed:
             for one in EXPERIMENTS.values():
                 cpu = "" if one.cpu_minutes is None else f", {one.cpu_minutes:g} min on a CPU"
-                print(f"{one.name:12} {one.gpu_minutes:g} min on a GPU{cpu}: {one.claim}")
+                took = "" if one.measured else ", estimated"
+                print(f"{one.name:14} {one.gpu_minutes:g} min on a GPU{cpu}{took}: {one.claim}")
             return
         try:
             if name is None or name not in EXPERIMENTS:

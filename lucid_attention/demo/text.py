@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.train.text import train_tokenizer
 
 from .configuration import LanguageModelConfig
 
-__all__ = ["Corpus", "TextError", "packaged_novel", "prepare_corpus", "read_text"]
+__all__ = ["Corpus", "TextError", "prepare_corpus", "read_text"]
 
 MAXIMUM_CHARACTERS = 5_000_000
 
@@ -44,12 +44,6 @@ class Corpus:
     validation: Tensor
     prompt: Tensor
     note: str
-
-
-def packaged_novel() -> str:
-    """Jane Austen's *Persuasion*; ``data/PROVENANCE.md`` says where it comes from."""
-    novel = resources.files("lucid_attention.demo") / "data" / "persuasion.txt"
-    return novel.read_text(encoding="utf-8")
 
 
 def read_text(path: Path) -> str:

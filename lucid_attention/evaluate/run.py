@@ -151,7 +151,7 @@ def _parsed(tasks: Sequence[str]) -> tuple[list[ProseTask], list[str]]:
 
 def _prose(path: Path | None) -> str:
     if path is None:
-        from lucid_attention.demo.text import packaged_novel
+        from lucid_attention.tasks.novel import packaged_novel
 
         return packaged_novel()
     try:

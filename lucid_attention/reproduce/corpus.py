@@ -23,7 +23,7 @@ def write_corpus(path: Path, *, tiny: bool = False) -> Path:
     """
     if path.is_file():
         return path
-    from lucid_attention.demo.text import packaged_novel
+    from lucid_attention.tasks.novel import packaged_novel
     from lucid_attention.train.tasks import part_of
 
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -36,7 +36,7 @@ class Experiment(ABC):
     Attributes:
         name: on the command line.
         claim: what it is about, in a line.
-        gpu_minutes, cpu_minutes: what it takes at full size; None: too long to be useful.
+        gpu_minutes, cpu_minutes: what it takes at full size; None: too long to be useful. ``measured``: by a run, not estimated.
         version: goes up when the same settings would give other results.
         per_seed: whether every seed is a cell of its own, kept by itself.
     """
@@ -45,6 +45,7 @@ class Experiment(ABC):
     claim: str
     gpu_minutes: float
     cpu_minutes: float | None
+    measured: bool = False
     version: int = 1
     per_seed: bool = False
 

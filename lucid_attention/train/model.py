@@ -123,7 +123,7 @@ def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
     """
     reason = None
     if find_spec("liger_kernel") is None:
-        reason = "liger-kernel is not installed (pip install liger-kernel)"
+        reason = "liger-kernel is not installed (pip install 'lucid-attention[fused]')"
     elif device.type != "cuda":
         reason = f"liger-kernel's kernels run on a GPU, and this is a {device.type}"
     if choice == "none" or (choice == "auto" and reason is not None):

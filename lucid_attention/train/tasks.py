@@ -160,7 +160,7 @@ def read_prose(path: str | None) -> str:
         TrainError: it cannot be read.
     """
     if path is None:
-        from lucid_attention.demo.text import packaged_novel
+        from lucid_attention.tasks.novel import packaged_novel
 
         return packaged_novel()
     try:

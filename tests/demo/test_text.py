@@ -12,7 +12,8 @@ import torch
 
 from lucid_attention.demo import text as text_module
 from lucid_attention.demo.configuration import DemoConfig, LanguageModelConfig
-from lucid_attention.demo.text import TextError, packaged_novel, prepare_corpus, read_text
+from lucid_attention.demo.text import TextError, prepare_corpus, read_text
+from lucid_attention.tasks.novel import packaged_novel
 
 
 def test_the_packaged_novel_is_persuasion() -> None:

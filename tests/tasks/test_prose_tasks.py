@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lucid_attention.demo.text import packaged_novel
 from lucid_attention.tasks import Sample, needles_in_prose, score, variable_tracking
+from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.tasks.prose import sentences_of
 
 NOVEL = packaged_novel()[2000:60_000]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lucid_attention.demo.text import packaged_novel
+from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.train import TrainConfig, train
 from lucid_attention.train.model import build_model, use_fused_loss
 
@@ -40,7 +39,6 @@ def test_a_training_in_bfloat16(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(plain, checkpointed, strict=True)) < 0.02
 
 
-@pytest.mark.skipif(not find_spec("liger_kernel"), reason="needs liger-kernel")
 @pytest.mark.parametrize("position", ["rope", "nope"])
 def test_the_fused_loss_is_the_loss(position: str) -> None:
     config = TrainConfig(text="x", layers=2, width=128, heads=2, head_dim=64, length=256, position=position)  # fmt: skip
