@@ -24,7 +24,7 @@ def test_the_packaged_novel_is_persuasion() -> None:
     assert novel.count("Chapter ") == 24
     assert "Gutenberg" not in novel
     assert novel.isascii()
-    note = (resources.files("lucid_attention.demo") / "data" / "PROVENANCE.md").read_text()
+    note = (resources.files("lucid_attention.tasks") / "data" / "PROVENANCE.md").read_text()
     assert hashlib.sha256(novel.encode()).hexdigest() in note
     assert f"{len(novel):,} characters" in note
 
