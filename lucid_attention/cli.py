@@ -113,6 +113,12 @@ def build_app() -> typer.Typer:
         metavar="DIR",
         help="Folder of the experiment, new, empty, or to go on with. [default: results/NAME-YYYYmmdd-HHMMSS]",
     )
+    shared_option = typer.Option(
+        None,
+        "--shared",
+        metavar="DIR",
+        help="Keeps the corpus and the models trained on it, for other experiments too.",
+    )
     inspect_option = typer.Option(
         None,
         "--out",
@@ -332,12 +338,14 @@ def build_app() -> typer.Typer:
             None, "--minutes", help="Begin no cell after so long; the same command goes on."
         ),
         device: str | None = device_option,
+        shared: Path | None = shared_option,
         out: Path | None = reproduce_option,
     ) -> None:
         """Reproduce a row of docs/evidence.md: LUCID beside softmax, paired seeds, spread.
 
         Written to the folder: cells/ (what is finished; the same command with the same --out goes on), results.csv,
-        summary.md (means, deviations, paired differences with their standard errors) and plot.png.
+        summary.md (means, deviations, paired differences with their standard errors) and plot.png. Several processes with the
+        same --out (one for each GPU: CUDA_VISIBLE_DEVICES) share the cells among them.
 
         Exit codes: 0 done, 2 bad input.
         """
@@ -354,7 +362,7 @@ def build_app() -> typer.Typer:
             if name is None or name not in EXPERIMENTS:
                 raise ReproduceError(f"expected one of {', '.join(EXPERIMENTS)}, got {name}")
             folder = reproduce(
-                EXPERIMENTS[name], out=out, seeds=seeds, device=device, tiny=tiny,
+                EXPERIMENTS[name], out=out, seeds=seeds, device=device, tiny=tiny, shared=shared,
                 most_seconds=None if minutes is None else 60 * minutes,
             )  # fmt: skip
         except (ReproduceError, FolderError) as error:

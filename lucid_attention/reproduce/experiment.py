@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,17 +10,27 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lucid_attention.results import ResultsFolder, environment_facts
 
-__all__ = ["Cell", "Experiment", "Paired", "ReproduceError", "paired", "reproduce"]
+__all__ = [
+    "Cell",
+    "Experiment",
+    "Paired",
+    "ReproduceError",
+    "Workplace",
+    "locked",
+    "paired",
+    "reproduce",
+]
 
 Row = dict[str, Any]
 Cell = dict[str, Any]
@@ -28,6 +39,31 @@ Cell = dict[str, Any]
 
 class ReproduceError(ValueError):
     """Something the user can put right; its message is one line."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a cell is run.
+
+    Attributes:
+        device: of the models.
+        tiny: a size that checks the machinery.
+        work: a folder for the cell alone, which outlives an interrupt and goes when the cell is finished.
+        shared: a folder for what other cells can use too.
+    """
+
+    device: torch.device
+    tiny: bool
+    work: Path
+    shared: Path
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: the others wait. Gone with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield
 
 
 class Experiment(ABC):
@@ -54,10 +90,8 @@ class Experiment(ABC):
         """Every setting, the cheap ones first."""
 
     @abstractmethod
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
-        """Rows of one cell, each with its ``seed``; ``tick`` is told of steps; ``work`` is a folder for it alone, which outlives
-        an interrupt and goes when the cell is finished.
-        """
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        """Rows of one cell, each with its ``seed``; ``tick`` is told of steps."""
 
     @abstractmethod
     def steps(self, cell: Cell, tiny: bool) -> int:
@@ -147,6 +181,7 @@ def reproduce(
     seeds: int = 3,
     device: str | None = None,
     tiny: bool = False,
+    shared: Path | None = None,
     most_seconds: float | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     quiet: bool = False,
@@ -154,7 +189,8 @@ def reproduce(
     """Run an experiment, or go on with one that was stopped in the same folder.
 
     Each cell's rows are written when it is finished, ``cells/ID.json``, and a run that goes on leaves out the cells that are
-    there. Then ``results.csv``, ``summary.md`` and ``plot.png``, of all cells so far.
+    there. Then ``results.csv``, ``summary.md`` and ``plot.png``, of all cells so far. Processes with the same folder, one for
+    each GPU, say, share the cells among them.
 
     Args:
         experiment: from `EXPERIMENTS`.
@@ -162,6 +198,8 @@ def reproduce(
         seeds: 1 to ``seeds``.
         device: None takes a CUDA device where there is one.
         tiny: a size that checks the machinery, not the claim.
+        shared: a folder that keeps the corpus and the models trained on it, for other experiments too; None keeps them until
+            this one is finished.
         most_seconds: no cell is begun after so long.
         say, quiet: lines for the user; no progress bar.
 
@@ -174,7 +212,7 @@ def reproduce(
     """
     if seeds < 1:
         raise ReproduceError(f"--seeds: expected 1 or more, got {seeds}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
     folder = _folder(out, experiment, identity)
     cells = experiment.cells(tiny)
@@ -185,31 +223,45 @@ def reproduce(
         say(f"{len(cells) - len(waiting)} of {len(cells)} cells are there already")
     began = time.monotonic()
     total = sum(experiment.steps(cell, tiny) for cell in waiting)
+    busy = 0
     with tqdm(total=total, desc=experiment.name, unit="step", disable=quiet or None) as bar:
         for cell in waiting:
             if most_seconds is not None and time.monotonic() - began > most_seconds:
                 say(f"the time is over; the same command goes on ({out or folder.path})")
                 break
-            bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
-            started = time.perf_counter()
-            work = folder.path / "work" / _identity(cell)
-            work.mkdir(parents=True, exist_ok=True)
-            own = [cell["seed"]] if experiment.per_seed else list(range(1, seeds + 1))
-            found = experiment.run(cell, own, place, tiny, bar.update, work)
-            seconds = time.perf_counter() - started
-            facts = environment_facts()
-            device_name = torch.cuda.get_device_name() if place.type == "cuda" else "cpu"
-            record = {"cell": cell, "rows": found, "seconds": round(seconds, 2), "device": device_name, **facts}  # fmt: skip
-            target = _file(folder, cell)
-            partial = target.with_suffix(".partial")
-            partial.write_text(json.dumps(record) + "\n")
-            partial.replace(target)
-            shutil.rmtree(work)
-            _write(folder, experiment, cells)
-    _write(folder, experiment, cells)
+            place = Workplace(place_of, tiny, folder.path / "work" / _identity(cell), shared or folder.path / "work")  # fmt: skip
+            place.work.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(f"{place.work}.lock", timeout=0):
+                    if not _file(folder, cell).is_file():
+                        bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
+                        own = [cell["seed"]] if experiment.per_seed else list(range(1, seeds + 1))
+                        _run(experiment, cell, own, place, folder, bar.update)
+                        with locked(folder.path / "work" / "tables"):
+                            _write(folder, experiment, cells)
+            except Timeout:
+                busy += 1
+    if busy:
+        say(f"{busy} cells are another process's; its end writes what both have found")
+    with locked(folder.path / "work" / "tables"):
+        _write(folder, experiment, cells)
     if all(_file(folder, cell).is_file() for cell in cells):
         shutil.rmtree(folder.path / "work", ignore_errors=True)
     return folder.path
+
+
+def _run(experiment: Experiment, cell: Cell, seeds: Sequence[int], place: Workplace, folder: ResultsFolder, tick: Callable[[int], None]) -> None:  # fmt: skip
+    """A cell, and its file."""
+    started = time.perf_counter()
+    found = experiment.run(cell, seeds, place, tick)
+    seconds = time.perf_counter() - started
+    device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
+    record = {"cell": cell, "rows": found, "seconds": round(seconds, 2), "device": device, **environment_facts()}  # fmt: skip
+    target = _file(folder, cell)
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(target)
+    shutil.rmtree(place.work)
 
 
 def _write(folder: ResultsFolder, experiment: Experiment, cells: Sequence[Cell]) -> None:

@@ -2,70 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .language import text_model
 
-from lucid_attention.train import TrainConfig, TrainError, train
-from lucid_attention.train.run import continue_training, prepare_tokens
-
-from .corpus import corpus_id, write_corpus
-from .experiment import Cell, Experiment, Row, paired, spread_of
-
-__all__ = ["LanguageModel", "settings", "train_cell"]
-
-
-def settings(tiny: bool, shared: Path, **changes: Any) -> TrainConfig:
-    """34M parameters (8 layers of width 512, 16K tokens of vocabulary, tied), 2048 tokens a row.
-
-    ``shared`` holds the corpus' tokens, which are made once.
-    """
-    size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip
-    if tiny:
-        size = {"layers": 2, "width": 64, "vocabulary": 320, "length": 64, "validation_share": 0.02}
-    if not (shared / "data" / "tokens.json").is_file():
-        text = write_corpus(shared / "corpus.jsonl", tiny=tiny)
-        prepare_tokens(TrainConfig(text=str(text), vocabulary=size["vocabulary"]), shared)
-    return TrainConfig(tokens_of=str(shared), tie_embeddings=True, **{**size, **changes})
-
-
-def train_cell(
-    config: TrainConfig,
-    steps: int,
-    seed: int,
-    device: torch.device,
-    tiny: bool,
-    work: Path,
-    tick: Callable[[int], None],
-    **arguments: Any,
-) -> list[dict[str, float]]:
-    """Train in a folder, or go on there; its log."""
-    given: dict[str, Any] = {
-        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if tiny else 32, "learning_rate": 1e-3,
-        "bf16": device.type == "cuda", "use_cpu": device.type == "cpu", "report_to": "none", "eval_steps": 1.0 if tiny else 0.25,
-        "save_steps": 0.25, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
-    }  # fmt: skip
-    run = work / "run"
-    quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}
-    if (run / "config.yaml").is_file():
-        outcome = continue_training(run, **quiet)
-    else:
-        outcome = train(config, given, out=run, **quiet)
-    if not outcome.finished:
-        raise KeyboardInterrupt  # it was stopped and saved; the next run goes on
-    tick(steps)
-    with (run / "log.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+__all__ = ["LanguageModel"]
 
 
 class LanguageModel(Experiment):
-    """Held-out loss after 59M tokens."""
+    """Held-out loss after 29M tokens."""
 
     name = "language-model"
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
@@ -85,20 +34,16 @@ class LanguageModel(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return 4 if tiny else 900
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
-        config = settings(tiny, work.parent, attention=cell["attention"], position=cell["position"], head_dim=cell["head_dim"])  # fmt: skip
-        try:
-            log = train_cell(config, self.steps(cell, tiny), seeds[0], device, tiny, work, tick)
-        except TrainError as error:
-            raise RuntimeError(f"{cell}: {error}") from error
-        rates = sorted(entry["tokens_per_s"] for entry in log if "tokens_per_s" in entry)
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        found = text_model(
+            place, self.steps(cell, place.tiny), seeds[0], tick,
+            attention=cell["attention"], position=cell["position"], head_dim=cell["head_dim"],
+        )  # fmt: skip
+        rates = sorted(entry["tokens_per_s"] for entry in found.log if "tokens_per_s" in entry)
         rate = rates[len(rates) // 2] if rates else math.nan
         return [
-            {
-                "seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate,
-                "corpus": corpus_id(work.parent / "corpus.jsonl"),
-            }
-            for entry in log
+            {"seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate, "corpus": found.corpus}
+            for entry in found.log
             if "eval_loss" in entry
         ]  # fmt: skip
 

@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,12 @@ from torch import Tensor
 from lucid_attention.tasks import updatable_memory
 from lucid_attention.tasks.updatable_memory import IGNORED
 
-from .experiment import Cell, Experiment, Row, paired, spread_of
-from .replicas import Replicas, clip_each
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .replicas import Replayed, Replicas, clip_each
 
 __all__ = ["Memory"]
+
+_CHUNK = 50  # steps whose data are drawn at once
 
 
 class Memory(Experiment):
@@ -61,7 +62,8 @@ class Memory(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return 6 if tiny else 1500
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        device, tiny = place.device, place.tiny
         width = 32 if tiny else self.width
         model = Replicas(
             vocabularies=(cell["keys"], self.values + 1), outputs=self.values, width=width,
@@ -69,15 +71,10 @@ class Memory(Experiment):
             position=cell["position"], seeds=seeds, cosine=cell["cosine"],
         ).to(device)  # fmt: skip
         steps, length = self.steps(cell, tiny), self.length(cell, tiny)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps)),
-        )
-        # A draw of its own for every seed, the same for both attentions.
-        data = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
-        for _ in range(steps):
-            key, value, target = self._draw(cell, self.batch, length, data, device)
+        rate = torch.tensor(0.0, device=device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=device.type == "cuda")
+
+        def train(key: Tensor, value: Tensor, target: Tensor) -> Tensor:
             logits = model(key, value)
             loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=IGNORED, reduction="none")  # fmt: skip
             asked = (target != IGNORED).flatten(1).sum(1)
@@ -86,8 +83,19 @@ class Memory(Experiment):
             total.backward()
             clip_each(model, 1.0)
             optimizer.step()
-            schedule.step()
-            tick(1)
+            return total.detach()
+
+        step_of = Replayed(train, device)
+        # A draw of its own for every seed, the same for both attentions.
+        data = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+        for first in range(0, steps, _CHUNK):
+            number = min(_CHUNK, steps - first)
+            draws = self._draw(cell, number * self.batch, length, data, device)
+            batches = [x.view(len(seeds), number, self.batch, length) for x in draws]
+            for step in range(first, first + number):
+                rate.fill_(3e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps)))  # fmt: skip
+                step_of(*(x[:, step - first] for x in batches))
+            tick(number)
         return self._test(cell, model, seeds, length, device, tiny)
 
     @torch.no_grad()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from lucid_attention.train import TrainConfig
 
-from .corpus import corpus_id
-from .experiment import Cell, Experiment, Row, paired, spread_of
-from .language_model import settings, train_cell
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .language import settings, text_model, train_cell
 
 __all__ = ["Moving"]
 
@@ -28,7 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Moving(Experiment):
-    """A softmax model of 34M parameters, trained on 59M tokens, and then on 18 % more in every way."""
+    """A softmax model of 34M parameters, trained on 29M tokens, and then on 18 % more in every way."""
 
     name = "moving"
     claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
@@ -48,38 +44,33 @@ class Moving(Experiment):
         first, then = self.lengths(tiny)
         return first + len(WAYS) * then
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
-        first, then = self.lengths(tiny)
-        base = work / "base"
-        shared = work.parent
-        config = settings(tiny, shared, attention="softmax", position=cell["position"])
-        log = train_cell(config, first, seeds[0], device, tiny, base, tick)
-        before = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
-        layers = config.layers
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        first, then = self.lengths(place.tiny)
+        seed = seeds[0]
+        base = text_model(place, first, seed, tick, attention="softmax", position=cell["position"])
+        config = settings(place)
         rows: list[Row] = []
         for way, given in WAYS.items():
             changes = dict(given)
             if "strength_steps" in changes:
                 changes["strength_steps"] = max(1, round(changes["strength_steps"] * then))
             if "lucid_layers" in changes:
-                changes["lucid_layers"] = tuple(range(1, layers, 2))
+                changes["lucid_layers"] = tuple(range(1, config.layers, 2))
             moved = TrainConfig(
-                tokens_of=str(shared), init_from=str(base / "run" / "model"), length=config.length,
+                tokens_of=config.tokens_of, init_from=str(base.folder), length=config.length,
                 validation_share=config.validation_share, **changes,
             )  # fmt: skip
             # Evaluated before the first step too: what the switch itself costs.
             log = train_cell(
-                moved, then, seeds[0] + 1000, device, tiny, work / way, tick,
-                eval_on_start=True, eval_steps=1.0 if tiny else 0.125, warmup_steps=0.1,
+                place, moved, then, seed + 1000, place.work / way, tick,
+                eval_on_start=True, eval_steps=1.0 if place.tiny else 0.125, warmup_steps=0.1,
             )  # fmt: skip
-            corpus = corpus_id(shared / "corpus.jsonl")
-            rows.append(
-                {"seed": seeds[0], "way": way, "step": -1, "loss": before, "corpus": corpus}
-            )
+            about = {"seed": seed, "way": way, "corpus": base.corpus}
+            rows.append({**about, "step": -1, "loss": base.loss})
             rows += [
-                {"seed": seeds[0], "way": way, "step": int(entry["step"]), "loss": entry["eval_loss"], "corpus": corpus}
+                {**about, "step": int(entry["step"]), "loss": entry["eval_loss"]}
                 for entry in {e["step"]: e for e in log if "eval_loss" in e}.values()
-            ]  # fmt: skip
+            ]
         return rows
 
     def summary(self, rows: list[Row]) -> str:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lucid_attention.evaluate.prose import ProseTask, parse_task, run_task
-from lucid_attention.tasks import Sample
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.tasks import part_of, read_prose
 
-from .corpus import corpus_id
-from .experiment import Cell, Experiment, Row, paired, spread_of
-from .language_model import settings, train_cell
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .language import questions, settings, text_model, train_cell
 
 __all__ = ["Needles"]
 
-SIDES = ("softmax", "lucid", "softmax+10%")
-"""The last trains softmax for a tenth more steps, of text and of the task."""
+SIDES = ("softmax", "lucid", "softmax+10%", "moved")
+"""The third trains softmax for a tenth more steps, of text and of the task; the last is a softmax model that is moved to LUCID
+while it learns the task, its strength rising from 0 to 1 in the first half."""
+
+
+def parsed(text: str) -> ProseTask:
+    """A task of this project."""
+    found = parse_task(text)
+    assert found is not None
+    return found
 
 
 class Needles(Experiment):
-    """34M parameters with RoPE: 59M tokens of text, then 400 steps of the task with 1 to 10 needles, at 2048 tokens."""
+    """34M parameters with RoPE: 29M tokens of text, then 600 steps of the task with 1 to 10 needles, at 2048 tokens."""
 
     name = "needles"
     claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
@@ -38,11 +42,11 @@ class Needles(Experiment):
 
     def cells(self, tiny: bool) -> list[Cell]:
         """A model for each side and seed."""
-        return [{"attention": side} for side in (SIDES[:2] if tiny else SIDES)]
+        return [{"attention": side} for side in (("softmax", "lucid", "moved") if tiny else SIDES)]
 
     def lengths(self, cell: Cell, tiny: bool) -> tuple[int, int]:
         """Steps of text and of the task."""
-        text, task = (4, 4) if tiny else (900, 400)
+        text, task = (4, 4) if tiny else (900, 600)
         more = 1.1 if cell["attention"].endswith("+10%") else 1.0
         return round(text * more), round(task * more)
 
@@ -53,48 +57,43 @@ class Needles(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return sum(self.lengths(cell, tiny))
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
-        attention = cell["attention"].removesuffix("+10%")
-        first, then = self.lengths(cell, tiny)
-        seed = seeds[0]
-        text = settings(tiny, work.parent, attention=attention, length=256 if tiny else 2048)
-        log = train_cell(text, first, seed, device, tiny, work / "text", tick)
-        loss = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
-        keys, lengths, number = self.grid(tiny)
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        side, seed = cell["attention"], seeds[0]
+        first, then = self.lengths(cell, place.tiny)
+        keys, lengths, number = self.grid(place.tiny)
+        # A cell of tiny rows would not hold a needle.
+        length = {"length": 256} if place.tiny else {}
+        begun = "lucid" if side == "lucid" else "softmax"
+        text = text_model(place, first, seed, tick, attention=begun, **length)
+        changes: dict[str, Any] = {"attention": "softmax" if side.startswith("softmax") else "lucid"}  # fmt: skip
+        if side == "moved":
+            changes["strength_steps"] = then // 2
         task = TrainConfig(
-            task="needles", task_options={"keys": keys[-1]}, init_from=str(work / "text" / "run" / "model"),
-            attention=attention, length=text.length,
+            task="needles", task_options={"keys": keys[-1], "queries": keys[-1]}, init_from=str(text.folder),
+            length=settings(place, **length).length, **changes,
         )  # fmt: skip
-        workers = min(8, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0
-        train_cell(task, then, seed, device, tiny, work / "task", tick, learning_rate=5e-4, dataloader_num_workers=workers)  # fmt: skip
-        folder = work / "task" / "run" / "model"
+        cuda = place.device.type == "cuda"
+        workers = min(8, (os.cpu_count() or 1) // 2) if cuda else 0
+        log = train_cell(
+            place, task, then, seed, place.work / "task", tick, learning_rate=5e-4, dataloader_num_workers=workers,
+        )  # fmt: skip
+        folder = place.work / "task" / "run" / "model"
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place.device).eval()
         prose = part_of(read_prose(None), True)
-        corpus = corpus_id(work.parent / "corpus.jsonl")
+        grid = [(parsed(f"needles:keys={count}"), length) for count in keys for length in lengths]
+        samples = questions(place, grid, prose, tokenizer, number, seed)
+        about = {"seed": seed, "text_loss": text.loss, "corpus": text.corpus,
+                 "task_accuracy": [e["eval_accuracy"] for e in log if "eval_accuracy" in e][-1]}  # fmt: skip
         rows = []
-        for count in keys:
-            for length in lengths:
-                asked = parse_task(f"needles:keys={count}")
-                assert asked is not None
-                found, _ = run_task(
-                    asked, model, tokenizer, prose, length, number=number, batch_size=max(1, 65536 // length) if not tiny else 2,
-                    seed=seed, quiet=True, samples=self._questions(asked, prose, tokenizer, length, number, seed, work.parent),
-                )  # fmt: skip
-                rows.append({"seed": seed, "needles": count, "length": length, "accuracy": found["value"], "text_loss": loss, "corpus": corpus})  # fmt: skip
+        for (asked, reach), made in zip(grid, samples, strict=True):
+            found, _ = run_task(
+                asked, model, tokenizer, prose, reach, number=number, batch_size=2 if place.tiny else max(1, 131072 // reach),
+                seed=seed, quiet=True, samples=made,
+            )  # fmt: skip
+            rows.append({**about, "needles": asked.options["keys"], "length": reach, "accuracy": found["value"]})  # fmt: skip
         return rows
-
-    def _questions(self, task: ProseTask, prose: str, tokenizer: Any, length: int, number: int, seed: int, shared: Path) -> list[Sample]:  # fmt: skip
-        """The same for every side, others for every seed. Making them takes a CPU longer than answering takes a GPU."""
-        path = shared / f"questions-{task.options['keys']}-{length}-{number}-{seed}.pickle"
-        if not path.is_file():
-            made = list(task.samples(prose, tokenizer, length, number, seed))
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(pickle.dumps(made))
-            partial.replace(path)
-        found: list[Sample] = pickle.loads(path.read_bytes())
-        return found
 
     def summary(self, rows: list[Row]) -> str:
         """Accuracy by needles and length, and paired differences."""
@@ -103,7 +102,7 @@ class Needles(Experiment):
         lines = [
             "# Needles in prose",
             "",
-            "Accuracy, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where "
+            "Accuracy, mean ± standard deviation over seeds; lucid - softmax: mean of the paired differences ± its standard error, bold where "
             "chance would give as much less than once in twenty times (Student's t, each by itself). Both trainings were at 2048 tokens.",
             "",
             "| needles | side | " + " | ".join(map(str, lengths)) + " |",
@@ -119,11 +118,15 @@ class Needles(Experiment):
                 if any(cells):
                     said = ["{:.3f} ± {:.3f}".format(*spread_of(c, "accuracy")) if c else "" for c in cells]  # fmt: skip
                     lines.append(f"| {count} | {side} | " + " | ".join(said) + " |")
-            for rival in SIDES[::2]:
-                gaps = [paired(at("lucid", count, n), at(rival, count, n), "accuracy") for n in lengths]  # fmt: skip
+            for ours, rival in (
+                ("lucid", "softmax"),
+                ("lucid", "softmax+10%"),
+                ("moved", "softmax"),
+            ):
+                gaps = [paired(at(ours, count, n), at(rival, count, n), "accuracy") for n in lengths]  # fmt: skip
                 if any(gap.seeds for gap in gaps):
                     said = [f"**{g.mean:+.3f} ± {g.error:.3f}**" if g.counts else f"{g.mean:+.3f} ± {g.error:.3f}" for g in gaps]  # fmt: skip
-                    lines.append(f"| {count} | LUCID - {rival} | " + " | ".join(said) + " |")
+                    lines.append(f"| {count} | {ours} - {rival} | " + " | ".join(said) + " |")
         lines += ["", "| side | held-out loss on text |", "|---|---|"]
         for side in SIDES:
             mine = {r["seed"]: r for r in rows if r["attention"] == side}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lucid_attention.tasks import two_phase
 
-from .experiment import Cell, Experiment, Row, paired, spread_of
-from .replicas import Replicas
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .replicas import Replayed, Replicas
 
 __all__ = ["TwoPhase", "off_diagonal"]
 
@@ -40,34 +39,56 @@ class TwoPhase(Experiment):
     def steps(self, cell: Cell, tiny: bool) -> int:
         return sum(self.phases(tiny).values())
 
-    def run(self, cell: Cell, seeds: Sequence[int], device: torch.device, tiny: bool, tick: Callable[[int], None], work: Path) -> list[Row]:  # fmt: skip
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        device, tiny = place.device, place.tiny
         model = Replicas(
             vocabularies=(10,), outputs=1, width=32 if tiny else 256, heads=1, depth=1,
             attention=cell["attention"], position="nope", seeds=seeds,
         ).to(device)  # fmt: skip
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, capturable=device.type == "cuda")
+
+        def train(digits: Tensor, target: Tensor) -> Tensor:
+            each = (model(digits)[..., 0] - target).square().flatten(1).mean(1)
+            optimizer.zero_grad(set_to_none=True)
+            each.sum().backward()
+            optimizer.step()
+            return each.detach()
+
+        step_of = Replayed(train, device)
         data = [torch.Generator().manual_seed(30_000 + seed) for seed in seeds]
         chunk = 2 if tiny else _CHUNK
         rows: list[Row] = []
         done = 0
+        kept = place.work / "state.pt"
+        if kept.is_file():
+            state = torch.load(kept, map_location=device)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            for generator, was in zip(data, state["data"], strict=True):
+                generator.set_state(was.cpu())
+            rows, done = state["rows"], state["done"]
+            tick(done)
+        before = 0
         for phase, steps in self.phases(tiny).items():
-            rows += self._rows(phase, 0, done, model, seeds, None)
-            for start in range(0, steps, chunk):
+            if done == before:
+                rows += self._rows(phase, 0, done, model, seeds, None)
+            for start in range(max(0, done - before), steps, chunk):
                 draws = [two_phase(chunk * self.batch, self.length, phase=phase, generator=g) for g in data]  # fmt: skip
                 shape = (len(seeds), chunk, self.batch, self.length)
                 digits = torch.stack([d.digits for d in draws]).to(device).view(shape)
                 target = torch.stack([d.target for d in draws]).to(device).view(shape)
                 errors = torch.zeros(len(seeds), device=device)
                 for step in range(chunk):
-                    error = (model(digits[:, step])[..., 0] - target[:, step]).square()
-                    each = error.flatten(1).mean(1)
-                    optimizer.zero_grad(set_to_none=True)
-                    each.sum().backward()
-                    optimizer.step()
-                    errors += each.detach()
-                tick(chunk)
+                    errors += step_of(digits[:, step], target[:, step])
                 done += chunk
                 rows += self._rows(phase, start + chunk, done, model, seeds, errors / chunk)
+                if done % (2 if tiny else 5000) == 0:
+                    partial = kept.with_suffix(".partial")
+                    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done,
+                                "data": [g.get_state() for g in data]}, partial)  # fmt: skip
+                    partial.replace(kept)
+                tick(chunk)  # last: what stops a run here finds it saved
+            before += steps
         return rows
 
     def _rows(self, phase: str, step: int, total: int, model: Replicas, seeds: Sequence[int], errors: Tensor | None) -> list[Row]:  # fmt: skip

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from lucid_attention import cli
-from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, reproduce
-from lucid_attention.reproduce.experiment import paired, quantile, spread_of
+from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, language, reproduce
+from lucid_attention.reproduce.experiment import _identity, paired, quantile, spread_of
 from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.results import FolderError
 
@@ -33,9 +34,9 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(1, seeds + 1)}
     sides = {row.get("attention") or row["way"] for row in rows}
-    assert sides in ({"softmax", "lucid"}, set(WAYS))
+    assert sides in ({"softmax", "lucid"}, {"softmax", "lucid", "moved"}, set(WAYS))
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"(LUCID|way) - softmax", (folder / "summary.md").read_text())
+    assert re.search(r"(?i)(lucid|way) - softmax", (folder / "summary.md").read_text())
     # The same again, bit for bit, but for the clock.
     again = list(csv.DictReader((run(name, tmp_path / "again", seeds=seeds) / "results.csv").open()))  # fmt: skip
     for row in (*rows, *again):
@@ -87,6 +88,73 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = reproduce(EXPERIMENTS["memory"], out=tmp_path / "out", tiny=True, device="cpu", say=said.append, quiet=True)  # fmt: skip
     assert "1 of 2 cells are there already" in said
     assert (folder / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_two_phases_go_on_within_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped within either phase or between them: the same rows, bit for bit."""
+    whole = run("two-phase", tmp_path / "whole")
+    two_phase = type(EXPERIMENTS["two-phase"])
+    real = two_phase.run
+    for stop in (2, 4, 6):
+        drawn: list[int] = []
+
+        def stops(self: Any, cell: Any, seeds: Any, place: Any, tick: Any, stop: int = stop, drawn: list[int] = drawn) -> Any:  # fmt: skip
+            def told(steps: int) -> None:
+                drawn.append(steps)
+                if sum(drawn) == stop:
+                    raise KeyboardInterrupt
+
+            return real(self, cell, seeds, place, told)
+
+        monkeypatch.setattr(two_phase, "run", stops)
+        out = tmp_path / f"out{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            run("two-phase", out)
+        assert not list((out / "cells").iterdir()) and list((out / "work").glob("*/state.pt"))
+        ticks: list[int] = []
+        monkeypatch.setattr(two_phase, "run", lambda self, *a, ticks=ticks: real(self, *a[:3], ticks.append))  # fmt: skip
+        run("two-phase", out)
+        assert ticks[0] == stop and sum(ticks) == 16
+        assert (out / "results.csv").read_text() == (whole / "results.csv").read_text()
+
+
+def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another experiment, and another process, find it; its checkpoints are gone."""
+    trained: list[Any] = []
+    real = language.train_cell
+
+    def counted(place: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.append(config)
+        return real(place, config, *args, **kwargs)
+
+    monkeypatch.setattr(language, "train_cell", counted)
+    shared = tmp_path / "shared"
+    first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
+    assert len(trained) == 2  # softmax and LUCID
+    again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
+    assert len(trained) == 2
+    assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
+    assert len(list(shared.glob("models/*/run/model/model.safetensors"))) == 2
+    assert not list(shared.glob("models/*/run/checkpoint-*")) and not (first / "work").exists()
+    run("language-model", tmp_path / "more", seeds=2, shared=shared)
+    assert [c.attention for c in trained[2:]] == ["softmax", "lucid"]
+
+
+def test_processes_share_the_cells(tmp_path: Path) -> None:
+    """A cell that another process is at is left to it, and what both found is in the tables."""
+    out = tmp_path / "out"
+    run("memory", out, most_seconds=-1.0)
+    cells = EXPERIMENTS["memory"].cells(True)
+    (out / "work").mkdir(exist_ok=True)
+    taken = FileLock(out / "work" / f"{_identity(cells[0])}.lock")
+    said: list[str] = []
+    with taken:
+        reproduce(EXPERIMENTS["memory"], out=out, tiny=True, device="cpu", say=said.append, quiet=True)  # fmt: skip
+        assert "1 cells are another process's; its end writes what both have found" in said
+        rows = list(csv.DictReader((out / "results.csv").open()))
+        assert {row["attention"] for row in rows} == {cells[1]["attention"]}
+    run("memory", out)
+    assert (out / "results.csv").read_text() == (run("memory", tmp_path / "whole") / "results.csv").read_text()  # fmt: skip
 
 
 def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lucid_attention.reproduce.replicas import Replicas, clip_each
+from lucid_attention.reproduce.replicas import Replayed, Replicas, clip_each
 from lucid_attention.reproduce.two_phase import off_diagonal
 
 
@@ -39,6 +39,38 @@ def test_side_by_side_is_alone(attention: str, position: str) -> None:
         alone = trained([seed], attention=attention, position=position)
         for name, weight in alone.weights.items():
             torch.testing.assert_close(together.weights[name][place], weight[0], rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["lucid", "softmax"])
+def test_a_replayed_step_is_the_step(attention: str) -> None:
+    """Twelve steps with the graph and without: the same weights; a rate that is filled in is followed."""
+    found = {}
+    for replayed in (True, False):
+        made = model([3, 1, 8], attention=attention).cuda()
+        rate = torch.tensor(0.0, device="cuda")
+        optimizer = torch.optim.AdamW(made.parameters(), lr=rate, capturable=True)
+
+        def step(a: torch.Tensor, b: torch.Tensor, target: torch.Tensor, made: Replicas = made, optimizer: Any = optimizer) -> torch.Tensor:  # fmt: skip
+            logits = made(a, b)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), target.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            clip_each(made, 0.05)
+            optimizer.step()
+            return loss.detach()
+
+        call = Replayed(step, torch.device("cuda")) if replayed else step
+        losses = []
+        for number in range(12):
+            rate.fill_(1e-2 / (number + 1))
+            draws = torch.Generator().manual_seed(number)
+            inputs = [torch.randint(n, (3, 4, 9), generator=draws).cuda() for n in (7, 5, 3)]
+            losses.append(float(call(*inputs)))
+        found[replayed] = [torch.tensor(losses), *(w.detach().cpu() for w in made.weights.values())]
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(set(found[True][0].tolist())) == 12
 
 
 def test_attentions_begin_alike_and_differ() -> None:

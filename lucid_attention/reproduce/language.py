@@ -1,0 +1,159 @@
+"""What the experiments with language models share: a corpus and its tokens, models trained on it, and questions."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from lucid_attention.evaluate.prose import ProseTask
+from lucid_attention.tasks import Sample
+from lucid_attention.train import TrainConfig, train
+from lucid_attention.train.run import continue_training, prepare_tokens
+
+from .corpus import corpus_id, write_corpus
+from .experiment import Workplace, locked
+
+__all__ = ["TextModel", "questions", "settings", "text_model", "train_cell"]
+
+_VERSION = 1
+"""Goes up whenever the same settings would train another model."""
+
+Log = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model trained on text.
+
+    Attributes:
+        folder: of the checkpoint; log: of its training; corpus: the beginning of the text's SHA-256.
+    """
+
+    folder: Path
+    log: Log
+    corpus: str
+
+    @property
+    def loss(self) -> float:
+        """On held-out text, at the end."""
+        return [entry["eval_loss"] for entry in self.log if "eval_loss" in entry][-1]
+
+
+def settings(place: Workplace, **changes: Any) -> TrainConfig:
+    """34M parameters (8 layers of width 512, 16K tokens of vocabulary, tied), 2048 tokens a row, on the shared corpus."""
+    size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip
+    if place.tiny:
+        size = {"layers": 2, "width": 64, "vocabulary": 320, "length": 64, "validation_share": 0.02}
+    shared = place.shared
+    with locked(shared / "corpus"):
+        if not (shared / "data" / "tokens.json").is_file():
+            text = write_corpus(shared / "corpus.jsonl", tiny=place.tiny)
+            prepare_tokens(TrainConfig(text=str(text), vocabulary=size["vocabulary"]), shared)
+    return TrainConfig(tokens_of=str(shared), tie_embeddings=True, **{**size, **changes})
+
+
+def text_model(place: Workplace, steps: int, seed: int, tick: Callable[[int], None], **changes: Any) -> TextModel:  # fmt: skip
+    """A model trained on the corpus; one for all cells, and all experiments with the same ``--shared``, that ask for it.
+
+    ``changes`` are of `settings`. What was trained is kept; a training that was stopped goes on; one that another process
+    is at is waited for.
+    """
+    config = settings(place, **changes)
+    corpus = corpus_id(place.shared / "corpus.jsonl")
+    told = {**dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "version": _VERSION}  # fmt: skip
+    name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    folder = place.shared / "models" / name
+    with locked(folder):
+        kept = folder / "run"
+        if (kept / "model").is_dir():
+            tick(steps)
+            log = _log(kept)
+        else:
+            log = train_cell(place, config, steps, seed, folder, tick)
+        # The checkpoints are three times the model's size, and nothing goes on from them any more.
+        for part in (*kept.glob("checkpoint-*"), kept / "data"):
+            shutil.rmtree(part, ignore_errors=True)
+    return TextModel(kept / "model", log, corpus)
+
+
+def train_cell(
+    place: Workplace,
+    config: TrainConfig,
+    steps: int,
+    seed: int,
+    folder: Path,
+    tick: Callable[[int], None],
+    **arguments: Any,
+) -> Log:
+    """Train in ``folder``, or go on there; the log. The model is ``folder/run/model``."""
+    cuda = place.device.type == "cuda"
+    given: dict[str, Any] = {
+        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": 1e-3,
+        "bf16": cuda, "use_cpu": not cuda, "report_to": "none", "eval_steps": 1.0 if place.tiny else 0.25,
+        "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
+    }  # fmt: skip
+    run = folder / "run"
+    quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}
+    if (run / "config.yaml").is_file():
+        outcome = continue_training(run, **quiet)
+    else:
+        outcome = train(config, given, out=run, **quiet)
+    if not outcome.finished:
+        raise KeyboardInterrupt  # it was stopped and saved; the next run goes on
+    tick(steps)
+    return _log(run)
+
+
+def _log(run: Path) -> Log:
+    with (run / "log.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def questions(place: Workplace, grid: Sequence[tuple[ProseTask, int]], prose: str, tokenizer: Any, number: int, seed: int) -> list[list[Sample]]:  # fmt: skip
+    """For each task and length; the same for every model of these tokens, and others for every seed.
+
+    Kept: making them takes a CPU longer than answering takes a GPU.
+    """
+    told = [[(task.name, task.version, length) for task, length in grid], number, seed, corpus_id(place.shared / "corpus.jsonl")]  # fmt: skip
+    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    path = place.shared / "questions" / f"{name}.pickle"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        if not path.is_file():
+            workers = min(8, (os.cpu_count() or 1) // 2) if place.device.type == "cuda" else 0
+            made = _Questions(grid, prose, tokenizer, number, seed)
+            loader: Any = DataLoader(made, batch_size=None, num_workers=workers)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps(list(loader)))
+            partial.replace(path)
+    found: list[list[Sample]] = pickle.loads(path.read_bytes())
+    return found
+
+
+@dataclass(frozen=True)
+class _Questions(Dataset[list[Sample]]):
+    grid: Sequence[tuple[ProseTask, int]]
+    prose: str
+    tokenizer: Any
+    number: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        if index >= len(self.grid):
+            raise IndexError(index)
+        task, length = self.grid[index]
+        return list(task.samples(self.prose, self.tokenizer, length, self.number, self.seed))
