@@ -4,7 +4,7 @@
     python -m benchmarks.train_gpu --lengths 4096 --head-dims 64
 
 The model is that of ``recipes/paper-1b.yaml`` (22 layers, width 2048, 32 query and 4 KV heads), weights and AdamW's moments in
-float32, bfloat16 autocast, random tokens, 32,768 of them a step or one row; gradient checkpointing from 32K on; liger-kernel's fused
+float32, bfloat16 autocast, random tokens, 16,384 of them a step or one row; gradient checkpointing from 32K on; liger-kernel's fused
 loss where it is installed (128K needs it). A step is forward, backward and the fused AdamW. One model takes both parts in turn: softmax is
 LUCID of strength 0, which solves nothing, with the same attention kernels. Writes ``train-GPU.csv``, ``.json`` and ``.md``.
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.gpu import Contestant, attempt, in_turn
+from benchmarks.gpu import attempt
 from benchmarks.solve import RESULTS, conditions, quantiles
 from lucid_attention.hf import enable
 from lucid_attention.train.configuration import TrainConfig
 from lucid_attention.train.cost import flops_per_token, parameters, peak_flops
 from lucid_attention.train.model import build_model, use_fused_loss
 
-TOKENS = 32768
+TOKENS = 16384  # what fits into 80 GB without checkpointing
 CHECKPOINTED = 32768
+LEAST_ROUNDS, MOST_ROUNDS, BUDGET_S = 2, 9, 30.0
 STRENGTHS = {"softmax": 0.0, "lucid": 1.0}
 VOCABULARY = 32000
 
@@ -47,14 +50,19 @@ class Stepper:
     """A model and its optimiser, and a step of them with either attention."""
 
     def __init__(self, config: TrainConfig, vocabulary: int, device: str) -> None:
-        self.device = torch.device(device)
-        self.model: Any = build_model(config, vocabulary, seed=0).to(self.device).train()
+        self.device, self.vocabulary = torch.device(device), vocabulary
+        self.model: Any = build_model(config, vocabulary, seed=0, device=device).train()
         self.loss = use_fused_loss(self.model, "auto", self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
-        self.rows = max(1, TOKENS // config.length)
-        self.ids = torch.randint(vocabulary, (self.rows, config.length), device=self.device)
-        if config.length >= CHECKPOINTED:
+
+    def at(self, length: int) -> None:
+        """Go on with rows of this length."""
+        self.length, self.rows = length, max(1, TOKENS // length)
+        self.ids = torch.randint(self.vocabulary, (self.rows, length), device=self.device)
+        if length >= CHECKPOINTED:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
 
     def take(self, attention: str) -> None:
         """Go on with this attention."""
@@ -70,30 +78,43 @@ class Stepper:
         return loss.detach()
 
 
-def measure(config: TrainConfig, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each attention."""
-    stepper = Stepper(config, VOCABULARY, "cuda")
-    memory, calls = {}, {}
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(stepper: Stepper, head_dim: int, length: int, facts: dict[str, Any]) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each attention. Steps are taken in turn, so that a drift of the clocks meets both alike."""
+    stepper.at(length)
+    memory: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     for name in STRENGTHS:
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            stepper.step(name)
+        stepper.step(name)
         memory[name] = torch.cuda.max_memory_allocated() / 2**30
-        calls[name] = Contestant(functools.partial(stepper.step, name), budget_ms=6000.0)
-    times = {name: quantiles(seconds) for name, seconds in in_turn(calls).items() if seconds}
+        found[name] = [timed(functools.partial(stepper.step, name))]
+    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, round(BUDGET_S / sum(map(sum, found.values())))))
+    for _, name in itertools.product(range(rounds - 1), STRENGTHS):
+        found[name].append(timed(functools.partial(stepper.step, name)))
+    times = {name: quantiles(each) for name, each in found.items()}
     rows = []
     for name, (low, middle, high) in times.items():
         stepper.take(name)
-        flops = flops_per_token(stepper.model, config.length)["total"]
-        tokens = stepper.rows * config.length
+        flops = flops_per_token(stepper.model, length)["total"]
+        tokens = stepper.rows * length
         rows.append(
             {
                 **{key: facts[key] for key in ("commit", "date", "gpu", "torch", "triton")},
                 "parameters": parameters(stepper.model)["total"],
-                "head_dim": config.head_dim,
-                "length": config.length,
+                "head_dim": head_dim,
+                "length": length,
                 "rows": stepper.rows,
-                "checkpointing": config.length >= CHECKPOINTED,
+                "checkpointing": length >= CHECKPOINTED,
                 "fused_loss": stepper.loss,
                 "attention": name,
                 "ms_p20": low,
@@ -102,7 +123,8 @@ def measure(config: TrainConfig, facts: dict[str, Any]) -> list[dict[str, Any]]:
                 "tokens_per_s": tokens / middle * 1e3,
                 "mfu": tokens * flops / middle * 1e3 / (facts["peak_flops"] or float("nan")),
                 "memory_gib": memory[name],
-                "ratio": middle / times["softmax"][1] if "softmax" in times else float("nan"),
+                "steps": rounds,
+                "ratio": middle / times["softmax"][1],
             }
         )
     return rows
@@ -141,14 +163,17 @@ def main() -> None:
     base.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for head_dim in options.head_dims:
+        stepper = Stepper(paper(head_dim, max(options.lengths)), VOCABULARY, "cuda")
         for length in tqdm(options.lengths, desc=f"head size {head_dim}"):
-            action = functools.partial(measure, paper(head_dim, length), facts)
+            action = functools.partial(measure, stepper, head_dim, length, facts)
             rows += attempt(f"D {head_dim}, {length}", action) or []
             torch.cuda.empty_cache()
             if rows:
                 report.write_csv(rows, base.with_suffix(".csv"))
                 base.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
                 base.with_suffix(".md").write_text(tables(rows, facts))
+        del stepper
+        torch.cuda.empty_cache()
     print(tables(rows, facts))
 
 

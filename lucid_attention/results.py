@@ -136,11 +136,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree the package is imported from, ``-dirty`` if it was changed."""
+    """The commit of the source tree the package is imported from, ``-dirty`` if it was changed; of a copy without git, $COMMIT."""
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
-        return None
+        return os.environ.get("COMMIT")
     description = subprocess.run(
         [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         capture_output=True,

@@ -29,6 +29,7 @@ def test_one_model_takes_both_parts(checkpointed: bool, monkeypatch: pytest.Monk
     losses = {}
     for order in (("softmax", "lucid"), ("lucid", "softmax")):
         stepper = train_gpu.Stepper(config, 60, "cpu")
+        stepper.at(config.length)
         torch.manual_seed(0)
         stepper.ids = torch.randint(60, (2, 48))
         assert stepper.rows == 2 and stepper.model.is_gradient_checkpointing == checkpointed
