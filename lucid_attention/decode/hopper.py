@@ -13,6 +13,8 @@ Keys and Y in half precision, rows and strides of whole 16 bytes, pages of whole
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -26,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_finish import finish_head
+from .hopper_finish import finish_head, parts_at_once
 from .hopper_list import LOG2_E, SHIFT, as_long, list_of_tiles, whose_tile
 
 SMALL, LARGE = 64, 128
@@ -362,18 +364,34 @@ def tile_descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def programs_for(
-    multiprocessors: int, chains: int, most_tiles: int, ragged: bool
+    multiprocessors: int, chains: int, most_tiles: int, ragged: bool, used: int, e: int
 ) -> tuple[int, int]:
     """How many programs, and how many of them for each head; 0 if the list of tiles is cut regardless of heads.
 
     Two thirds of the multiprocessors are enough to read at the memory's rate, and a program that goes from one
-    head to the next pays for it.
+    head to the next pays for it. Multiprocessors come in pairs that share their way to the memory: either each has a program
+    or one of each pair, for between the two those that are alone are done early. Half as many programs are taken where their
+    parts are added up in fewer rounds: ``used`` rows of ``e`` columns.
     """
     each = multiprocessors // max(1, chains)
     if ragged or each == 0 or 10 * chains * each < 7 * multiprocessors:
         return min(multiprocessors, chains * most_tiles), 0
+    half = multiprocessors // 2 // chains
+    if half > 1 and rounds_of(half, used, e) < rounds_of(each, used, e):
+        each = half
     each = min(each, most_tiles)
     return chains * each, each
+
+
+def rounds_of(parts: int, used: int, e: int) -> int:
+    """How often a program waits for parts to be read, as `hopper_finish.finish_head` adds them up."""
+    if parts == 1:
+        return 0
+    at_once = parts_at_once(used, e)
+    if parts <= 3 * at_once:
+        return math.ceil(parts / at_once)
+    fan = max(math.isqrt(parts - 1) + 1, at_once)
+    return math.ceil(fan / at_once) + math.ceil(math.ceil(parts / fan) / at_once)
 
 
 def columns_of(width: int) -> int:

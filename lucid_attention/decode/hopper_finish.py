@@ -48,6 +48,14 @@ def _add_parts(
     return gl.convert_layout(top, down), gl.convert_layout(weight, down), acc
 
 
+def parts_at_once(used: int, e: int) -> int:
+    """How many parts of ``used`` rows and ``e`` columns are read at once: 64 registers."""
+    return max(1, min(16, 16384 // ((1 << max(0, used - 1).bit_length()) * e)))
+
+
+_parts_at_once = gluon.constexpr_function(parts_at_once)
+
+
 @gluon.constexpr_function
 def _power(n):
     return 1 << max(0, n - 1).bit_length()
@@ -70,9 +78,8 @@ def finish_head(
     QUERIES: gl.constexpr = G * C
     USED: gl.constexpr = QUERIES + C
     R: gl.constexpr = _power(USED)
-    # Parts that are read at once: 64 registers.
     HALF: gl.constexpr = E // 2
-    AT_ONCE: gl.constexpr = max(1, min(16, 8192 // (R * HALF)))
+    AT_ONCE: gl.constexpr = _parts_at_once(USED, E)
     THREADS: gl.constexpr = HALF // 4
     stack: gl.constexpr = gl.BlockedLayout(
         [AT_ONCE, 1, 4], [1, 32 // THREADS, THREADS], [1, 4, 1], [2, 1, 0]

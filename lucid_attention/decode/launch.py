@@ -118,7 +118,12 @@ def decode(
             d, e = hopper.columns_of(width), hopper.columns_of(value_width)
             tile, stages = hopper.tile_for(rows, d, e, page)
             programs, each = hopper.programs_for(
-                multiprocessors(query.device), batch * heads, max(1, -(-capacity // tile)), ragged
+                multiprocessors(query.device),
+                batch * heads,
+                max(1, -(-capacity // tile)),
+                ragged,
+                used,
+                e,
             )
             hopper.hopper_decode_kernel[(programs,)](
                 hopper.tile_descriptor(key_cache, tile, d), hopper.tile_descriptor(y_cache, tile, e),

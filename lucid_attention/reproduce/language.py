@@ -51,7 +51,10 @@ class TextModel:
 
 
 def settings(place: Workplace, **changes: Any) -> TrainConfig:
-    """34M parameters (8 layers of width 512, 16K tokens of vocabulary, tied), 2048 tokens a row, on the shared corpus."""
+    """34M parameters (8 layers of width 512, 16K tokens of vocabulary, tied), 2048 tokens a row, on the shared corpus.
+
+    A token sees its whole row, as in the paper, whatever documents that holds.
+    """
     size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip
     if place.tiny:
         size = {"layers": 2, "width": 64, "vocabulary": 320, "length": 64, "validation_share": 0.02}
@@ -60,7 +63,9 @@ def settings(place: Workplace, **changes: Any) -> TrainConfig:
         if not (shared / "data" / "tokens.json").is_file():
             text = write_corpus(shared / "corpus.jsonl", tiny=place.tiny)
             prepare_tokens(TrainConfig(text=str(text), vocabulary=size["vocabulary"]), shared)
-    return TrainConfig(tokens_of=str(shared), tie_embeddings=True, **{**size, **changes})
+    return TrainConfig(
+        tokens_of=str(shared), tie_embeddings=True, document_masks=False, **{**size, **changes}
+    )
 
 
 def text_model(place: Workplace, steps: int, seed: int, tick: Callable[[int], None], **changes: Any) -> TextModel:  # fmt: skip

@@ -58,7 +58,7 @@ class Moving(Experiment):
                 changes["lucid_layers"] = tuple(range(1, config.layers, 2))
             moved = TrainConfig(
                 tokens_of=config.tokens_of, init_from=str(base.folder), length=config.length,
-                validation_share=config.validation_share, **changes,
+                validation_share=config.validation_share, document_masks=False, **changes,
             )  # fmt: skip
             # Evaluated before the first step too: what the switch itself costs.
             log = train_cell(

@@ -117,9 +117,7 @@ class Replicas(nn.Module):
 
     def embed(self, *ids: Tensor) -> Tensor:
         """``(R, batch, length, width)``."""
-        replica = torch.arange(ids[0].shape[0], device=ids[0].device)[:, None, None]
-        rows = [self.weights[f"table{i}"][replica, x] for i, x in enumerate(ids)]
-        return torch.stack(rows).sum(0)
+        return torch.stack([_rows_of(self.weights[f"table{i}"], x) for i, x in enumerate(ids)]).sum(0)  # fmt: skip
 
     def blocks(self, hidden: Tensor) -> Tensor:
         """All blocks."""
@@ -161,6 +159,12 @@ def clip_each(model: Replicas, largest: float) -> None:
     factors = (largest / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def _rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """``table[r, ids[r]]``, as a product: a gradient by index adds up thousands of positions a key one after another."""
+    chosen = ids.flatten(1)[..., None] == torch.arange(table.shape[1], device=ids.device)
+    return torch.bmm(chosen.to(table.dtype), table).view(*ids.shape, -1)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class TrainConfig:
         document_masks: whether a token sees its own document only.
         fused_loss: "liger" never forms the logits in training (liger-kernel, on a GPU), "none" forms them, "auto" is "liger" where
             it is installed.
+        fused_layers: the same for norms and gated MLPs, of which liger-kernel makes one kernel each.
 
     Raises:
         TrainError: a value out of range, or two that exclude each other.
@@ -93,12 +94,14 @@ class TrainConfig:
     length: int = 2048
     document_masks: bool = True
     fused_loss: str = "auto"
+    fused_layers: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("attention", ATTENTIONS),
             ("position", POSITIONS),
             ("fused_loss", FUSED),
+            ("fused_layers", FUSED),
         ):
             if getattr(self, name) not in allowed:
                 raise TrainError(

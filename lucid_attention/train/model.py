@@ -21,7 +21,7 @@ from lucid_attention.hf import enable
 
 from .configuration import TrainConfig, TrainError
 
-__all__ = ["build_model", "model_config", "use_fused_loss"]
+__all__ = ["build_model", "model_config", "use_fused_layers", "use_fused_loss"]
 
 
 def model_config(config: TrainConfig, vocabulary: int, tokenizer: Any = None) -> PreTrainedConfig:
@@ -121,6 +121,23 @@ def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
     Raises:
         TrainError: "liger" was asked for and cannot be had.
     """
+    return _use_liger(model, "fused_loss", choice, device, {"fused_linear_cross_entropy"})
+
+
+def use_fused_layers(model: Any, choice: str, device: torch.device) -> str:
+    """Replace the norms and the gated MLPs by liger-kernel's, one kernel where there were ten; attention stays as it is.
+
+    Returns:
+        What is used now: "liger" or "none".
+
+    Raises:
+        TrainError: "liger" was asked for and cannot be had.
+    """
+    # Not its rotary encoding: that replaces the function for every model of this process.
+    return _use_liger(model, "fused_layers", choice, device, {"rms_norm", "layer_norm", "swiglu", "geglu"})  # fmt: skip
+
+
+def _use_liger(model: Any, field: str, choice: str, device: torch.device, parts: set[str]) -> str:
     reason = None
     if find_spec("liger_kernel") is None:
         reason = "liger-kernel is not installed (pip install 'lucid-attention[fused]')"
@@ -129,7 +146,7 @@ def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
     if choice == "none" or (choice == "auto" and reason is not None):
         return "none"
     if reason is not None:
-        raise TrainError(f"fused_loss: {reason}; take fused_loss: none")
+        raise TrainError(f"{field}: {reason}; take {field}: none")
     from liger_kernel.transformers import monkey_patch
 
     family = type(model.config).lucid_stock_class.model_type
@@ -137,8 +154,7 @@ def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
     if patch is None:
         if choice == "auto":
             return "none"
-        raise TrainError(f"fused_loss: liger-kernel does not know {family}; take fused_loss: none")
-    # The loss alone: what else it has would change both sides of a comparison with other models.
+        raise TrainError(f"{field}: liger-kernel does not know {family}; take {field}: none")
     switches = [n for n, p in inspect.signature(patch).parameters.items() if n != "model"]
-    patch(model=model, **{name: name == "fused_linear_cross_entropy" for name in switches})
+    patch(model=model, **{name: name in parts for name in switches})
     return "liger"

@@ -47,7 +47,7 @@ from .folder import (
     take_back,
     write_whole,
 )
-from .model import build_model, use_fused_loss
+from .model import build_model, use_fused_layers, use_fused_loss
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
 from .tasks import MemoryRows, NeedleRows
 from .text import documents_of, load_tokenizer
@@ -282,6 +282,7 @@ class _Run:
         with said_once(self.state):
             self.model: Any = build_model(begun, vocabulary, seed=seed, tokenizer=self.tokenizer)
             loss = use_fused_loss(self.model, config.fused_loss, self.arguments.device)
+            use_fused_layers(self.model, config.fused_layers, self.arguments.device)
         for line in _facts(self.model, config, self.arguments):
             self.say(line)
         # The rows of a task are drawn one by one, so that any order will do.

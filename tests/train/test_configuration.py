@@ -35,6 +35,7 @@ def test_sizes_follow_from_the_dial() -> None:
         ({"attention": "linear"}, "attention: expected one of lucid, softmax, got 'linear'"),
         ({"position": "alibi"}, "position: expected one of rope, nope"),
         ({"fused_loss": "yes"}, "fused_loss: expected one of"),
+        ({"fused_layers": "yes"}, "fused_layers: expected one of"),
         ({"layers": 0}, "layers: expected a whole number, at least 1, got 0"),
         ({"layers": 2.5}, "layers: expected a whole number"),
         ({"width": "wide"}, "width: expected a whole number"),

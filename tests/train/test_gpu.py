@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.train import TrainConfig, train
-from lucid_attention.train.model import build_model, use_fused_loss
+from lucid_attention.train.model import build_model, use_fused_layers, use_fused_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -39,13 +40,14 @@ def test_a_training_in_bfloat16(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(plain, checkpointed, strict=True)) < 0.02
 
 
+@pytest.mark.parametrize("use", [use_fused_loss, use_fused_layers])
 @pytest.mark.parametrize("position", ["rope", "nope"])
-def test_the_fused_loss_is_the_loss(position: str) -> None:
+def test_what_is_fused_is_what_was_there(use: Callable[..., str], position: str) -> None:
     config = TrainConfig(text="x", layers=2, width=128, heads=2, head_dim=64, length=256, position=position)  # fmt: skip
     found = {}
     for choice in ("none", "liger"):
         model: Any = build_model(config, 5000, seed=0).cuda()
-        assert use_fused_loss(model, choice, torch.device("cuda")) == choice
+        assert use(model, choice, torch.device("cuda")) == choice
         torch.manual_seed(0)
         ids = torch.randint(5000, (2, 256), device="cuda")
         output = model(input_ids=ids, labels=ids, use_cache=False)
@@ -53,3 +55,14 @@ def test_the_fused_loss_is_the_loss(position: str) -> None:
         found[choice] = [output.loss.detach(), *(p.grad for p in model.parameters())]
     for a, b in zip(found["none"], found["liger"], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+
+
+def test_fused_layers_are_one_models() -> None:
+    """Another model of the process keeps its own."""
+    config = TrainConfig(text="x", layers=1, width=128, heads=2, head_dim=64, length=256)
+    ours: Any = build_model(config, 100, seed=0).cuda()
+    use_fused_layers(ours, "liger", torch.device("cuda"))
+    theirs: Any = build_model(config, 100, seed=0)
+    assert "Liger" in repr(ours.model.norm) and "Liger" not in repr(theirs.model.norm)
+    ids = torch.randint(100, (1, 20))
+    assert torch.isfinite(theirs(input_ids=ids).logits).all()  # no kernel: it is on the CPU

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lucid_attention.hf import disable, enable, strengths
 from lucid_attention.train.configuration import TrainConfig, TrainError, load_config
 from lucid_attention.train.cost import flops_per_token, parameters, peak_flops
-from lucid_attention.train.model import build_model, use_fused_loss
+from lucid_attention.train.model import build_model, use_fused_layers, use_fused_loss
 from lucid_attention.train.text import train_tokenizer
 from lucid_attention.train.tokens import Rows, Tokens
 
@@ -123,6 +123,9 @@ def test_fused_loss_is_refused_where_it_cannot_be_had() -> None:
     assert use_fused_loss(model, "none", cpu) == use_fused_loss(model, "auto", cpu) == "none"
     with pytest.raises(TrainError, match=r"fused_loss: liger-kernel.*; take fused_loss: none"):
         use_fused_loss(model, "liger", cpu)
+    assert use_fused_layers(model, "none", cpu) == use_fused_layers(model, "auto", cpu) == "none"
+    with pytest.raises(TrainError, match=r"fused_layers: liger-kernel.*; take fused_layers: none"):
+        use_fused_layers(model, "liger", cpu)
 
 
 @pytest.mark.parametrize("tied", [False, True])
