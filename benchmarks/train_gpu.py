@@ -5,7 +5,7 @@
 
 The model is that of ``recipes/paper-1b.yaml`` (22 layers, width 2048, 32 query and 4 KV heads), weights and AdamW's moments in
 float32, bfloat16 autocast, random tokens, 16,384 of them a step or one row; gradient checkpointing from 32K on; liger-kernel's fused
-loss where it is installed (128K needs it). A step is forward, backward and the fused AdamW. One model takes both parts in turn: softmax is
+loss (128K needs it), norms and MLPs where it is installed. A step is forward, backward and the fused AdamW. One model takes both parts in turn: softmax is
 LUCID of strength 0, which solves nothing, with the same attention kernels. Writes ``train-GPU.csv``, ``.json`` and ``.md``.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from benchmarks.solve import RESULTS, conditions, quantiles
 from lucid_attention.hf import enable
 from lucid_attention.train.configuration import TrainConfig
 from lucid_attention.train.cost import flops_per_token, parameters, peak_flops
-from lucid_attention.train.model import build_model, use_fused_loss
+from lucid_attention.train.model import build_model, use_fused_layers, use_fused_loss
 
 TOKENS = 16384  # what fits into 80 GB without checkpointing
 CHECKPOINTED = 32768
@@ -53,6 +54,7 @@ class Stepper:
         self.device, self.vocabulary = torch.device(device), vocabulary
         self.model: Any = build_model(config, vocabulary, seed=0, device=device).train()
         self.loss = use_fused_loss(self.model, "auto", self.device)
+        self.layers = use_fused_layers(self.model, "auto", self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device == "cuda")
 
     def at(self, length: int) -> None:
@@ -93,6 +95,7 @@ def measure(stepper: Stepper, head_dim: int, length: int, facts: dict[str, Any])
     stepper.at(length)
     memory: dict[str, float] = {}
     found: dict[str, list[float]] = {}
+    stepper.step("softmax")  # makes AdamW's moments, which both sides are to count
     for name in STRENGTHS:
         torch.cuda.reset_peak_memory_stats()
         stepper.step(name)
@@ -116,6 +119,7 @@ def measure(stepper: Stepper, head_dim: int, length: int, facts: dict[str, Any])
                 "rows": stepper.rows,
                 "checkpointing": length >= CHECKPOINTED,
                 "fused_loss": stepper.loss,
+                "fused_layers": stepper.layers,
                 "attention": name,
                 "ms_p20": low,
                 "ms_p50": middle,
@@ -134,13 +138,13 @@ def tables(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
         [
-            str(r["head_dim"]), str(r["length"]), f"{r['rows']}", "yes" if r["checkpointing"] else "no", r["fused_loss"],
+            str(r["head_dim"]), str(r["length"]), f"{r['rows']}", "yes" if r["checkpointing"] else "no", r["fused_loss"], r["fused_layers"],
             r["attention"], f"{r['ms_p50']:.0f}", f"{r['tokens_per_s']:.0f}", f"{r['mfu']:.0%}", f"{r['memory_gib']:.1f}",
             f"**{r['ratio']:.3f}**",
         ]
         for r in rows
     ]  # fmt: skip
-    titles = "head size | length | rows | checkpointing | fused loss | attention | ms a step | tokens/s | MFU | GiB | / softmax"
+    titles = "head size | length | rows | checkpointing | fused loss | fused layers | attention | ms a step | tokens/s | MFU | GiB | / softmax"
     head = f"{facts['gpu']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}.\n\n"
     return head + report.table(titles.split(" | "), lines)
 
@@ -173,6 +177,7 @@ def main() -> None:
                 base.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
                 base.with_suffix(".md").write_text(tables(rows, facts))
         del stepper
+        gc.collect()  # a model has cycles
         torch.cuda.empty_cache()
     print(tables(rows, facts))
 

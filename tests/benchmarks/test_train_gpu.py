@@ -43,8 +43,11 @@ def test_one_model_takes_both_parts(checkpointed: bool, monkeypatch: pytest.Monk
 def test_the_table() -> None:
     facts = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "date": "2026-12-01"}
     row = {
-        "head_dim": 68, "length": 4096, "rows": 8, "checkpointing": False, "fused_loss": "liger", "attention": "lucid",
+        "head_dim": 68, "length": 4096, "rows": 8, "checkpointing": False, "fused_loss": "liger", "fused_layers": "none", "attention": "lucid",
         "ms_p50": 812.0, "tokens_per_s": 40354.0, "mfu": 0.4, "memory_gib": 61.2, "ratio": 1.03,
     }  # fmt: skip
     text = train_gpu.tables([row, {**row, "mfu": math.nan}], facts)
-    assert "| 68 | 4096 | 8 | no | liger | lucid | 812 | 40354 | 40% | 61.2 | **1.030** |" in text
+    assert (
+        "| 68 | 4096 | 8 | no | liger | none | lucid | 812 | 40354 | 40% | 61.2 | **1.030** |"
+        in text
+    )
