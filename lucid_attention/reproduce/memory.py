@@ -104,13 +104,14 @@ class Memory(Experiment):
         for multiple in self.multiples(tiny):
             data = [torch.Generator().manual_seed(20_000 + 100 * seed + multiple) for seed in seeds]
             reach = multiple * length
-            right, asked = torch.zeros(len(seeds)), torch.zeros(len(seeds))
-            for _ in range(max(1, (1 << (10 if tiny else 17)) // reach // 4)):
-                key, value, target = self._draw(cell, 4, reach, data, device)
+            right, asked = (torch.zeros(len(seeds), device=device) for _ in range(2))
+            number = max(1, (1 << (10 if tiny else 17)) // reach // 4)
+            draws = self._draw(cell, 4 * number, reach, data, device)
+            for key, value, target in zip(*(x.split(4, dim=1) for x in draws), strict=True):
                 late = target[..., reach * 3 // 4 :]
                 answer = model(key, value)[..., reach * 3 // 4 :, :].argmax(-1)
-                right += ((answer == late) & (late != IGNORED)).flatten(1).sum(1).cpu()
-                asked += (late != IGNORED).flatten(1).sum(1).cpu()
+                right += ((answer == late) & (late != IGNORED)).flatten(1).sum(1)
+                asked += (late != IGNORED).flatten(1).sum(1)
             for index, seed in enumerate(seeds):
                 accuracy = float(right[index] / asked[index])
                 rows.append(
@@ -119,8 +120,8 @@ class Memory(Experiment):
         return rows
 
     def _draw(self, cell: Cell, batch: int, length: int, data: list[torch.Generator], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        draws = [updatable_memory(batch, length, keys=cell["keys"], values=self.values, generator=g) for g in data]  # fmt: skip
-        return tuple(torch.stack([d[i] for d in draws]).to(device) for i in range(3))  # type: ignore[return-value]
+        draws = [updatable_memory(batch, length, keys=cell["keys"], values=self.values, generator=g, device=device) for g in data]  # fmt: skip
+        return tuple(torch.stack([d[i] for d in draws]) for i in range(3))  # type: ignore[return-value]
 
     def summary(self, rows: list[Row]) -> str:
         """Accuracy with its deviation, and the paired difference at each length."""

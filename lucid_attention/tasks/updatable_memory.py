@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 class MemoryBatch(NamedTuple):
-    """One batch of the task; every tensor is int64 of shape ``(batch, length)``, on the CPU.
+    """One batch of the task; every tensor is int64 of shape ``(batch, length)``.
 
     Attributes:
         key: the key written to or asked for, in ``[0, keys)``.
@@ -40,6 +40,7 @@ def updatable_memory(
     values: int = 64,
     query_share: float = 0.3,
     generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> MemoryBatch:
     """Draw sequences of writes and queries.
 
@@ -53,7 +54,8 @@ def updatable_memory(
         keys: number of distinct keys, at least 1.
         values: number of distinct values, at least 1.
         query_share: probability of a query, in [0, 1].
-        generator: source of all randomness, a CPU generator; the same state gives the same batch.
+        generator: source of all randomness, a CPU generator; the same state gives the same batch on every device.
+        device: where the answers are found (for large batches a GPU is many times faster) and the batch lies.
 
     Returns:
         A :class:`MemoryBatch`.
@@ -82,6 +84,7 @@ def updatable_memory(
     key = torch.randint(keys, shape, generator=generator)
     written = torch.randint(values, shape, generator=generator)
     is_query = torch.rand(shape, generator=generator) < query_share
+    key, written, is_query = key.to(device), written.to(device), is_query.to(device)
 
     latest = latest_values(key, written, ~is_query)
     return MemoryBatch(

@@ -138,3 +138,13 @@ class MetaGenerator(torch.Generator):
     """A generator of another device, on a machine that may have none."""
 
     device = torch.device("meta")
+
+
+@pytest.mark.gpu
+def test_another_device_gives_the_same_batch() -> None:
+    here, there = (
+        updatable_memory(3, 1000, keys=7, generator=torch.Generator().manual_seed(1), device=device)
+        for device in ("cpu", "cuda")
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        assert theirs.is_cuda and torch.equal(ours, theirs.cpu())
