@@ -7,10 +7,11 @@ from .language_model import LanguageModel
 from .memory import Memory
 from .moving import Moving
 from .needles import Needles
+from .repeat import Repeat
 from .two_phase import TwoPhase
 
 __all__ = ["EXPERIMENTS"]
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one for one in (Memory(), TwoPhase(), Needles(), LanguageModel(), Moving())
+    one.name: one for one in (Memory(), TwoPhase(), Repeat(), Needles(), LanguageModel(), Moving())
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
@@ -36,7 +38,8 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     sides = {row.get("attention") or row["way"] for row in rows}
     assert sides in ({"softmax", "lucid"}, {"softmax", "lucid", "moved"}, set(WAYS))
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"(?i)(lucid|way) - softmax", (folder / "summary.md").read_text())
+    pattern = r"(?i)(lucid|way) - softmax|\| never \|"  # on a CPU a seed repeats
+    assert re.search(pattern, (folder / "summary.md").read_text())
     # The same again, bit for bit, but for the clock.
     again = list(csv.DictReader((run(name, tmp_path / "again", seeds=seeds) / "results.csv").open()))  # fmt: skip
     for row in (*rows, *again):
@@ -230,3 +233,31 @@ def test_the_test_prose_is_not_trained_on(tmp_path: Path) -> None:
     assert len(long) > 300 and not [s for s in long if s in text]
     assert sum(s in text for s in trained[:300]) > 250  # the search finds what is there
     assert len(corpus_id(path)) == 12 and write_corpus(path) == path
+
+
+def test_two_runs_of_a_seed_by_hand() -> None:
+    """Equal until step 10, then .25 apart; the other seed never."""
+    from lucid_attention.reproduce.repeat import Repeat
+
+    made = [
+        {"attention": "lucid", "deterministic": False, "seed": seed, "run": run, "kind": kind, "step": step, "tokens_per_s": 5.0,
+         "loss": 2.0 + (0.25 if (seed, run) == (1, 2) and step >= 10 else 0.0)}
+        for seed in (1, 2) for run in (1, 2) for kind, step in (("loss", 5), ("loss", 10), ("eval_loss", 10))
+    ]  # fmt: skip
+    assert "| lucid | no | 2 | step 10 | 2.5e-01 | 1.2e-01 | 5 |" in Repeat().summary(made)
+    assert "| lucid | no | 1 | never | 0.0e+00 | 0.0e+00 | 5 |" in Repeat().summary([r for r in made if r["seed"] == 2])  # fmt: skip
+
+
+def test_a_fixed_order_is_asked_for_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lucid_attention.reproduce.repeat import _fixed_order
+
+    for before in (None, ":16:8"):
+        if before is None:
+            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        else:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
+        with _fixed_order():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before

@@ -1,0 +1,138 @@
+"""Does a seed give the same training twice? What a difference between two models is worth depends on it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .experiment import Cell, Experiment, Row, Workplace
+from .language import settings, train_cell
+
+__all__ = ["Repeat"]
+
+RUNS = 2
+
+
+class Repeat(Experiment):
+    """The 34M model with RoPE, twice from the same seed, with kernels as they come and with those that add in a fixed order."""
+
+    name = "repeat"
+    claim = "two runs of one seed differ because backward passes add in no fixed order; in a fixed order they are equal bit for bit"
+    gpu_minutes = 6.0
+    cpu_minutes = None
+    per_seed = True
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """Both attentions, each with and without ``torch.use_deterministic_algorithms``."""
+        return [
+            {"attention": attention, "deterministic": deterministic}
+            for deterministic, attention in itertools.product((False, True), ("softmax", "lucid"))
+        ]
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        return RUNS * self._each(tiny)
+
+    def _each(self, tiny: bool) -> int:
+        return 4 if tiny else 200
+
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        config = settings(place, attention=cell["attention"])
+        rows: list[Row] = []
+        with _fixed_order() if cell["deterministic"] else contextlib.nullcontext():
+            for run in range(1, RUNS + 1):
+                log = train_cell(
+                    place, config, self._each(place.tiny), seeds[0], place.work / f"run{run}", tick,
+                    eval_steps=1.0, save_steps=1.0, logging_steps=1 if place.tiny else 5,
+                )  # fmt: skip
+                rates = sorted(e["tokens_per_s"] for e in log if "tokens_per_s" in e)
+                about = {"seed": seeds[0], "run": run, "tokens_per_s": rates[len(rates) // 2] if rates else math.nan}  # fmt: skip
+                rows += [
+                    {**about, "kind": kind, "step": int(entry["step"]), "loss": entry[kind]}
+                    for entry in log
+                    for kind in ("loss", "eval_loss")
+                    if kind in entry
+                ]
+        return rows
+
+    def summary(self, rows: list[Row]) -> str:
+        """When two runs part, and how far they get from each other."""
+        lines = [
+            "# Does a seed repeat?",
+            "",
+            f"Two runs of each seed, {max(r['step'] for r in rows)} steps. Parted: the first step in the log at which their training losses differ, the earliest of all "
+            "seeds. Apart: the largest difference in a logged training loss, and the mean difference (without its sign) in the held-out loss at the end.",
+            "",
+            "| attention | adds in a fixed order | seeds | parted | apart, training | apart, held out | tokens/s |",
+            "|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for attention, deterministic in dict.fromkeys((r["attention"], r["deterministic"]) for r in rows):  # fmt: skip
+            mine = [r for r in rows if (r["attention"], r["deterministic"]) == (attention, deterministic)]  # fmt: skip
+            gaps = _gaps(mine)
+            parted = [step for (_, kind, step), gap in gaps.items() if kind == "loss" and gap > 0]
+            training = max((gap for (_, kind, _), gap in gaps.items() if kind == "loss"), default=math.nan)  # fmt: skip
+            held_out = [gap for (_, kind, _), gap in gaps.items() if kind == "eval_loss"]
+            rate = sum(float(r["tokens_per_s"]) for r in mine) / len(mine)
+            when = f"step {min(parted)}" if parted else "never"
+            lines.append(
+                f"| {attention} | {'yes' if deterministic else 'no'} | {len({r['seed'] for r in mine})} | {when} | {training:.1e} | "
+                f"{sum(held_out) / max(1, len(held_out)):.1e} | {rate:,.0f} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """The distance of two runs' training losses against steps, a line for each seed."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+        for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+            for deterministic, style in ((False, "-"), (True, ":")):
+                mine = [r for r in rows if (r["attention"], r["deterministic"]) == (attention, deterministic)]  # fmt: skip
+                curves: dict[int, list[tuple[int, float]]] = {}
+                for (seed, kind, step), gap in _gaps(mine).items():
+                    if kind == "loss":
+                        curves.setdefault(seed, []).append((step, gap))
+                label = f"{attention}{', fixed order' if deterministic else ''}"
+                for number, curve in enumerate(curves.values()):
+                    axis.plot(*zip(*sorted(curve), strict=True), style, color=colour, lw=1, label=None if number else label)  # fmt: skip
+        axis.set_yscale("symlog", linthresh=1e-6)
+        axis.set(xlabel="step", title="distance of the losses of two runs of a seed")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
+
+
+def _gaps(rows: Sequence[Row]) -> dict[tuple[int, str, int], float]:
+    """``|loss of run 1 - loss of run 2|`` by seed, kind and step."""
+    found: dict[tuple[int, str, int], list[float]] = {}
+    for r in rows:
+        found.setdefault((r["seed"], r["kind"], r["step"]), []).append(float(r["loss"]))
+    return {place: abs(losses[0] - losses[1]) for place, losses in found.items() if len(losses) == RUNS}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _fixed_order() -> Iterator[None]:
+    """Kernels that give the same bits every time, or an error where there is none."""
+    before: Any = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if before is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
