@@ -24,10 +24,13 @@ from lucid_attention.train.run import continue_training, prepare_tokens
 from .corpus import corpus_id, write_corpus
 from .experiment import Workplace, locked
 
-__all__ = ["TextModel", "questions", "settings", "text_model", "train_cell"]
+__all__ = ["LEARNING_RATE", "TextModel", "questions", "settings", "text_model", "train_cell"]
 
 _VERSION = 1
 """Goes up whenever the same settings would train another model."""
+
+LEARNING_RATE = 1e-3
+"""Of training on text, for both attentions; `lucid reproduce tuning` says how well it suits each."""
 
 Log = list[dict[str, float]]
 
@@ -68,7 +71,9 @@ def settings(place: Workplace, **changes: Any) -> TrainConfig:
     )
 
 
-def text_model(place: Workplace, steps: int, seed: int, tick: Callable[[int], None], **changes: Any) -> TextModel:  # fmt: skip
+def text_model(
+    place: Workplace, steps: int, seed: int, tick: Callable[[int], None], *, learning_rate: float = LEARNING_RATE, **changes: Any
+) -> TextModel:  # fmt: skip
     """A model trained on the corpus; one for all cells, and all experiments with the same ``--shared``, that ask for it.
 
     ``changes`` are of `settings`. What was trained is kept; a training that was stopped goes on; one that another process
@@ -76,7 +81,7 @@ def text_model(place: Workplace, steps: int, seed: int, tick: Callable[[int], No
     """
     config = settings(place, **changes)
     corpus = corpus_id(place.shared / "corpus.jsonl")
-    told = {**dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "version": _VERSION}  # fmt: skip
+    told = {**dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "learning_rate": learning_rate, "version": _VERSION}  # fmt: skip
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = place.shared / "models" / name
     with locked(folder):
@@ -85,7 +90,7 @@ def text_model(place: Workplace, steps: int, seed: int, tick: Callable[[int], No
             tick(steps)
             log = _log(kept)
         else:
-            log = train_cell(place, config, steps, seed, folder, tick)
+            log = train_cell(place, config, steps, seed, folder, tick, learning_rate=learning_rate)
         # The checkpoints are three times the model's size, and nothing goes on from them any more.
         for part in (*kept.glob("checkpoint-*"), kept / "data"):
             shutil.rmtree(part, ignore_errors=True)
@@ -104,7 +109,7 @@ def train_cell(
     """Train in ``folder``, or go on there; the log. The model is ``folder/run/model``."""
     cuda = place.device.type == "cuda"
     given: dict[str, Any] = {
-        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": 1e-3,
+        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": LEARNING_RATE,
         "bf16": cuda, "use_cpu": not cuda, "report_to": "none", "eval_steps": 1.0 if place.tiny else 0.25,
         "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip

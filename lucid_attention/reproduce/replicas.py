@@ -69,6 +69,7 @@ class Replicas(nn.Module):
         width, heads, depth: of the model; heads divides width.
         attention: "lucid" or "softmax"; it has no parameters.
         position: "rope" or "nope".
+        scale: of the scores; None is ``head_dim ** -0.5``.
         seeds: of the weights.
         cosine: of any two rows of the first table at the beginning; 0 for independent rows.
     """
@@ -85,9 +86,11 @@ class Replicas(nn.Module):
         position: str,
         seeds: Sequence[int],
         cosine: float = 0.0,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.depth, self.attention, self.position = heads, depth, attention, position
+        self.scale = scale
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def drawn(*shape: int) -> Tensor:
@@ -141,7 +144,7 @@ class Replicas(nn.Module):
         if self.position == "rope":
             query, key = _rotate(query), _rotate(key)
         function: Callable[..., Tensor] = lucid_attention if self.attention == "lucid" else softmax_attention  # fmt: skip
-        found = function(query, key, value).transpose(1, 2).reshape(hidden.shape)
+        found = function(query, key, value, scale=self.scale).transpose(1, 2).reshape(hidden.shape)
         return _linear(found, self.weights[f"out{block}"])
 
     def _mlp(self, hidden: Tensor, block: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,22 +16,32 @@ from .replicas import Replayed, Replicas
 
 __all__ = ["TwoPhase", "off_diagonal"]
 
+_TITLES = {"mse": "mean squared error", "off_diagonal": "Jacobian of attention off the diagonal"}
 _CHUNK = 500  # steps whose data are drawn at once, and whose errors are averaged
 
 
 class TwoPhase(Experiment):
-    """One layer of width 256, one head, no positions, ten digits, Adam at 1e-4, batches of 64, as the paper has it."""
+    """One layer of width 256, one head, no positions, ten digits, Adam at 1e-4, batches of 64, as the paper has it.
+
+    With scores divided by the square root of the head size, as attention has them, and as they are: what learning to copy does
+    to attention depends on how far it can saturate.
+    """
 
     name = "two-phase"
     claim = "after learning to copy, LUCID learns the running mean and softmax does not (paper: 0 against 1.2 to 1.3)"
-    gpu_minutes = 6.0
-    cpu_minutes = 90.0
+    gpu_minutes = 11.0
+    cpu_minutes = 320.0
+    version = 2
 
     length, batch = 10, 64
 
     def cells(self, tiny: bool) -> list[Cell]:
-        """Both attentions."""
-        return [{"attention": attention} for attention in ("softmax", "lucid")]
+        """Both attentions, scaled and not."""
+        return [
+            {"attention": attention, "scores": scores}
+            for scores in ("scaled", "plain")
+            for attention in ("softmax", "lucid")
+        ]
 
     def phases(self, tiny: bool) -> dict[str, int]:
         """Steps of each."""
@@ -43,7 +54,7 @@ class TwoPhase(Experiment):
         device, tiny = place.device, place.tiny
         model = Replicas(
             vocabularies=(10,), outputs=1, width=32 if tiny else 256, heads=1, depth=1,
-            attention=cell["attention"], position="nope", seeds=seeds,
+            attention=cell["attention"], position="nope", seeds=seeds, scale=1.0 if cell["scores"] == "plain" else None,
         ).to(device)  # fmt: skip
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, capturable=device.type == "cuda")
 
@@ -110,8 +121,8 @@ class TwoPhase(Experiment):
             "Mean squared error over the last 500 steps, and the share of the Jacobian of attention's output by its input that is off the "
             "diagonal; mean ± standard deviation over seeds.",
             "",
-            "| phase | steps | measure | softmax | LUCID | LUCID - softmax |",
-            "|---|---|---|---|---|---|",
+            "| scores | phase | steps | measure | softmax | LUCID | LUCID - softmax |",
+            "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         ends = {phase: max(r["step"] for r in rows if r["phase"] == phase) for phase in ("copy", "mean")}  # fmt: skip
         marks = [
@@ -119,16 +130,16 @@ class TwoPhase(Experiment):
             ("mean", min(10_000, ends["mean"])),
             ("mean", ends["mean"]),
         ]
-        for phase, step in dict.fromkeys(marks):
-            for metric in ("mse", "off_diagonal"):
-                at = [r for r in rows if (r["phase"], r["step"]) == (phase, step) and r[metric] is not None]  # fmt: skip
-                sides = {a: [r for r in at if r["attention"] == a] for a in ("softmax", "lucid")}
-                if not at:
-                    continue
-                said = ["{:.4f} ± {:.4f}".format(*spread_of(side, metric)) if side else "" for side in sides.values()]  # fmt: skip
-                gap = paired(sides["lucid"], sides["softmax"], metric)
-                text = f"**{gap}**" if gap.counts else str(gap)
-                lines.append(f"| {phase} | {step:,} | {metric} | {said[0]} | {said[1]} | {text} |")
+        kinds = dict.fromkeys(row["scores"] for row in rows)
+        for scores, (phase, step), metric in itertools.product(kinds, dict.fromkeys(marks), ("mse", "off_diagonal")):  # fmt: skip
+            at = [r for r in rows if (r["scores"], r["phase"], r["step"]) == (scores, phase, step) and r[metric] is not None]  # fmt: skip
+            sides = {a: [r for r in at if r["attention"] == a] for a in ("softmax", "lucid")}
+            if not at:
+                continue
+            said = ["{:.4f} ± {:.4f}".format(*spread_of(side, metric)) if side else "" for side in sides.values()]  # fmt: skip
+            gap = paired(sides["lucid"], sides["softmax"], metric)
+            text = f"**{gap}**" if gap.counts else str(gap)
+            lines.append(f"| {scores} | {phase} | {step:,} | {metric} | {said[0]} | {said[1]} | {text} |")  # fmt: skip
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
@@ -138,21 +149,26 @@ class TwoPhase(Experiment):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-        for axis, metric, title in zip(axes, ("mse", "off_diagonal"), ("mean squared error", "Jacobian of attention off the diagonal"), strict=True):  # fmt: skip
+        kinds = list(dict.fromkeys(row["scores"] for row in rows))
+        figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.6 * len(kinds)), squeeze=False, sharex=True, layout="constrained")  # fmt: skip
+        for axis, (scores, (metric, title)) in zip(axes.flat, itertools.product(kinds, _TITLES.items()), strict=True):  # fmt: skip
             for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
                 curves: dict[int, list[tuple[float, float]]] = {}
                 for r in rows:
-                    if r["attention"] == attention and r[metric] is not None:
+                    if (r["attention"], r["scores"]) == (attention, scores) and r[
+                        metric
+                    ] is not None:
                         curves.setdefault(r["seed"], []).append((r["total"], r[metric]))
                 for number, curve in enumerate(curves.values()):
                     axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, alpha=0.8, label=None if number else attention)  # fmt: skip
             switch = max((r["total"] for r in rows if r["phase"] == "copy"), default=0)
             axis.axvline(switch, color="#555555", ls=":", lw=1)
-            axis.set(title=title, xlabel="step (dotted: from copying to the mean)")
+            axis.set(title=f"{title}, {scores} scores")
             axis.grid(alpha=0.3)
-        axes[0].set_yscale("log")
-        axes[0].legend(frameon=False)
+            if metric == "mse":
+                axis.set_yscale("log")
+        figure.supxlabel("step (dotted: from copying to the mean)", fontsize=9)
+        axes[0, 0].legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         plt.close(figure)

@@ -117,7 +117,7 @@ def test_two_phases_go_on_within_a_cell(tmp_path: Path, monkeypatch: pytest.Monk
         ticks: list[int] = []
         monkeypatch.setattr(two_phase, "run", lambda self, *a, ticks=ticks: real(self, *a[:3], ticks.append))  # fmt: skip
         run("two-phase", out)
-        assert ticks[0] == stop and sum(ticks) == 16
+        assert ticks[0] == stop and sum(ticks) == 32
         assert (out / "results.csv").read_text() == (whole / "results.csv").read_text()
 
 
@@ -168,7 +168,7 @@ def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
 
 def test_folders_of_other_runs(tmp_path: Path) -> None:
     run("two-phase", tmp_path / "out", seeds=1)
-    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 1, 1 seeds\), not tiny memory \(version 1, 3 seeds\)"):  # fmt: skip
+    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 2, 1 seeds\), not tiny memory \(version 1, 3 seeds\)"):  # fmt: skip
         run("memory", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")

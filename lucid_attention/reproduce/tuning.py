@@ -1,0 +1,98 @@
+"""The learning rate that suits each attention: twins at one rate are a fair comparison only if it suits both."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+
+from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .language import LEARNING_RATE, text_model
+
+__all__ = ["Tuning"]
+
+
+class Tuning(Experiment):
+    """The 34M model after 29M tokens at four learning rates."""
+
+    name = "tuning"
+    claim = "the learning rate of all experiments with language models suits both attentions alike"
+    gpu_minutes = 14.0
+    cpu_minutes = None
+    per_seed = True
+
+    def cells(self, tiny: bool) -> list[Cell]:
+        """Half to four times the rate of the other experiments, which share the models at that rate."""
+        factors = (1.0, 4.0) if tiny else (1.0, 0.5, 2.0, 4.0)
+        positions = ("rope",) if tiny else ("rope", "nope")
+        return [
+            {"attention": attention, "position": position, "rate": LEARNING_RATE * factor}
+            for factor, position, attention in itertools.product(factors, positions, ("softmax", "lucid"))
+        ]  # fmt: skip
+
+    def steps(self, cell: Cell, tiny: bool) -> int:
+        return 4 if tiny else 900
+
+    def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        found = text_model(
+            place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"],
+            attention=cell["attention"], position=cell["position"],
+        )  # fmt: skip
+        return [{"seed": seeds[0], "loss": found.loss, "corpus": found.corpus}]
+
+    def summary(self, rows: list[Row]) -> str:
+        """Losses by rate; and the comparison of each attention at its own best rate."""
+        rates = sorted({row["rate"] for row in rows})
+        lines = [
+            "# Learning rates",
+            "",
+            "Held-out loss; mean ± standard deviation over seeds; in bold the best rate of each attention. LUCID - softmax: each at its own "
+            "best rate, mean of the paired differences ± its standard error.",
+            "",
+            "| position | attention | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+            "|---|---|" + "---|" * len(rates),
+        ]
+        for position in dict.fromkeys(row["position"] for row in rows):
+            best: dict[str, list[Row]] = {}
+            for attention in ("softmax", "lucid"):
+                mine = [r for r in rows if (r["position"], r["attention"]) == (position, attention)]
+                cells = {rate: [r for r in mine if r["rate"] == rate] for rate in rates}
+                means = {rate: spread_of(c, "loss") for rate, c in cells.items() if c}
+                if not means:
+                    continue
+                lowest = min(means, key=lambda rate: means[rate][0])
+                best[attention] = cells[lowest]
+                said = ["{:.4f} ± {:.4f}".format(*means[rate]) if rate in means else "" for rate in rates]  # fmt: skip
+                said = [f"**{text}**" if rate == lowest else text for rate, text in zip(rates, said, strict=True)]  # fmt: skip
+                lines.append(f"| {position} | {attention} | " + " | ".join(said) + " |")
+            if len(best) == 2:
+                gap = paired(best["lucid"], best["softmax"], "loss")
+                lines.append(f"| {position} | LUCID - softmax | {gap} |" + " |" * (len(rates) - 1))
+        return "\n".join(lines) + "\n"
+
+    def plot(self, rows: list[Row]) -> bytes:
+        """Held-out loss against the rate, every seed a line."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        positions = list(dict.fromkeys(row["position"] for row in rows))
+        figure, axes = plt.subplots(1, len(positions), figsize=(4.2 * len(positions), 3.6), squeeze=False, layout="constrained")  # fmt: skip
+        for axis, position in zip(axes[0], positions, strict=True):
+            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+                curves: dict[int, list[tuple[float, float]]] = {}
+                for r in rows:
+                    if (r["position"], r["attention"]) == (position, attention):
+                        curves.setdefault(r["seed"], []).append((r["rate"], r["loss"]))
+                for number, curve in enumerate(curves.values()):
+                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, marker="o", ms=3, lw=1, label=None if number else attention)  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set(title=position, xlabel="learning rate")
+            axis.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("held-out loss")
+        axes[0, 0].legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        return buffer.getvalue()
