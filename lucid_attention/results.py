@@ -136,11 +136,15 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree the package is imported from, ``-dirty`` if it was changed; of a copy without git, $COMMIT."""
+    """$COMMIT, for a copy that is not what its git says it is; else the commit of the source tree the package is imported from,
+    ``-dirty`` if it was changed.
+    """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
-        return os.environ.get("COMMIT")
+        return None
     description = subprocess.run(
         [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         capture_output=True,

@@ -83,3 +83,11 @@ def test_environment_facts() -> None:
 def test_a_folder_that_cannot_be_looked_at(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"--out x+: cannot be used \(File name too long\)"):
         ResultsFolder.check(Path("x" * 300))
+
+
+def test_the_commit_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy on another machine may carry no git, or another's."""
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert environment_facts()["commit"] == "abc1234"
+    monkeypatch.setenv("COMMIT", "")
+    assert environment_facts()["commit"] != ""
