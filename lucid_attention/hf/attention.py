@@ -231,6 +231,7 @@ def _cached(
         context.padding_checked = True
     if _is_one_pass(layer, lucid, query, softmax):
         return _one_pass(context, layer, lucid, query, real, softmax)
+    layer.place()
     keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
     if pending.position is None:
         new_real = None if real is None else real[:, -length:]
@@ -288,9 +289,8 @@ def _one_pass(
     """One kernel reads the cache once, for the new rows of `Y` and the output, and appends the rows."""
     pending = layer.pending
     assert pending is not None and pending.room is not None
-    if pending.position is not None:
-        start = pending.position[:1]
-    else:
+    start = pending.start
+    if start is None:
         known = pending.past.shape[2], query.device
         if known not in context.starts:
             context.starts[known] = torch.full(

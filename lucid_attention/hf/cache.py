@@ -37,8 +37,9 @@ class Pending:
 
     `key`, `value`: the new rows, `(B, Hkv, Q, D)` and `(B, Hkv, Q, Dv)`. `all_keys`, `past`: the
     layer's keys with the new ones, and its `Y` so far, as they were on the compute device: an
-    offloaded cache moves the layer's own tensors away before attention runs. `position`: rows of
-    the static buffers that the new tokens take, None for a growing layer. `room`: the buffers of keys and `Y`
+    offloaded cache moves the layer's own tensors away before attention runs. `start`: how many tokens the static
+    buffers hold before the new ones, 0-dimensional; None for a growing layer. `position`: rows of
+    the static buffers that the new tokens have taken, None before `place`. `room`: the buffers of keys and `Y`
     with rows for the new tokens, None where there are none.
     """
 
@@ -46,6 +47,7 @@ class Pending:
     value: Tensor
     all_keys: Tensor
     past: Tensor
+    start: Tensor | None = None
     position: Tensor | None = None
     room: tuple[Tensor, Tensor] | None = None
 
@@ -147,11 +149,14 @@ class LucidLayer:
             self.workspace, self.workspace_for = workspace, (batch, heads)
         return workspace
 
+    def place(self) -> None:
+        """Writes what `update` left to the decode operator, which writes the new keys itself: where that does not run."""
+
     @abstractmethod
     def commit(self, preconditioned: Tensor | None) -> Tensor:
         """Stores the new rows of `Y`; returns all of `Y` as it is stored, on the compute device.
 
-        None: the rows were written into `pending.room` already.
+        None: the decode operator wrote them, and the new keys, into `pending.room`.
         """
 
     def check_padding(self, real: Tensor | None) -> None:
@@ -163,8 +168,8 @@ class LucidLayer:
         assert self.pending is not None
         batch, _, length, _ = self.pending.key.shape
         past = self.pending.past.shape[2]
-        if self.pending.position is not None:
-            past = int(self.pending.position[0])
+        if self.pending.start is not None:
+            past = int(self.pending.start)
         known = min(self.known, past)
         before = None if self.real is None else self.real[:, :known]
         if before is not None or (real is not None and known > 0):
@@ -258,7 +263,7 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
                 keys = torch.cat([self.keys, key_states], dim=-2)
         self.buffers, self.filled = room, keys.shape[2]
         self.keys = keys
-        self.pending = Pending(key_states, value_states, keys, past, None, room)
+        self.pending = Pending(key_states, value_states, keys, past, room=room)
         return keys, value_states
 
     def _room(self, key: Tensor, past: Tensor, length: int, new: int) -> tuple[Tensor, Tensor]:
@@ -346,31 +351,50 @@ class LucidStaticLayer(LucidLayer, StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the keys, keeps the values pending; returns all keys and the *raw new* values."""
+        """Keeps keys and values pending; returns all keys, the new ones not among them yet, and the *raw new* values.
+
+        Four small kernels a layer and token are saved by leaving keys and count to the decode operator and `commit`.
+        """
         self.begin(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[-2]
-        position = torch.arange(length, device=self.device) + self.cumulative_length
-        self.cumulative_length.add_(length)
-        self.keys.index_copy_(2, position, key_states)
         room = (self.keys, self.values)
-        self.pending = Pending(key_states, value_states, self.keys, self.values, position, room)
+        self.pending = Pending(
+            key_states, value_states, self.keys, self.values, self.cumulative_length, room=room
+        )
         return self.keys, value_states
 
+    def place(self) -> None:
+        pending = self.pending
+        assert pending is not None
+        pending.position = self._rows()
+        self.cumulative_length.add_(pending.key.shape[-2])
+        pending.all_keys.index_copy_(2, pending.position, pending.key)
+
     def commit(self, preconditioned: Tensor | None) -> Tensor:
-        assert self.pending is not None and self.pending.position is not None
-        values, position = self.pending.past, self.pending.position
+        pending = self.pending
+        assert pending is not None
+        if preconditioned is not None and pending.position is None:
+            self.place()
+        keys, values, position = pending.all_keys, pending.past, pending.position
         if preconditioned is not None:
-            rows = self.in_units(preconditioned).to(values.dtype)
-            values.index_copy_(2, position, rows)
+            assert position is not None
+            values.index_copy_(2, position, self.in_units(preconditioned).to(values.dtype))
         if self.values is not values:
-            # The layer was offloaded after `update`: its buffer is a copy made on the host, which
-            # the commit above did not reach.
-            rows = values.index_select(2, position)
-            self.values.index_copy_(2, position.to(self.values.device), rows.to(self.values.device))
+            # The layer was offloaded after `update`: its buffers are copies made on the host, which nothing above reached.
+            rows = self._rows() if position is None else position
+            there = rows.to(self.values.device)
+            for own, used in ((self.keys, keys), (self.values, values)):
+                own.index_copy_(2, there, used.index_select(2, rows).to(own.device))
+        if position is None:
+            self.cumulative_length.add_(pending.key.shape[-2])
         self.pending = None
         return values
+
+    def _rows(self) -> Tensor:
+        """Where the pending tokens go, before they are counted."""
+        assert self.pending is not None
+        return torch.arange(self.pending.key.shape[-2], device=self.device) + self.cumulative_length
 
 
 class LucidCache(DynamicCache):

@@ -28,7 +28,7 @@ class Memory(Experiment):
 
     name = "memory"
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
-    gpu_minutes = 8.0
+    gpu_minutes = 23.0
     cpu_minutes = None
 
     values = 64

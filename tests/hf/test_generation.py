@@ -10,10 +10,11 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
 from lucid_attention import precondition
-from lucid_attention.hf import LucidCache, enable
+from lucid_attention.hf import LucidCache, attention, enable
 from lucid_attention.hf.cache import LucidDynamicLayer, LucidLayer, LucidStaticLayer
 
 NEW = 14
@@ -468,3 +469,87 @@ def test_scales_follow_their_rows(kind, how):
     assert layer.y_scale.shape == (len(rows), 3)
     error = (got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     assert error.max() < 4e-4
+
+
+def few_tokens_after_a_past(layer, lucid, query, softmax) -> bool:
+    """Where decoding goes through `lucid_attention_with_kvcache`, on a CPU too, with its PyTorch path."""
+    return layer.pending.room is not None and layer.scaled and layer.pending.past.shape[2] > 0
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """The tokens of the calls that the decode operator gets."""
+    calls = []
+    real = attention.lucid_attention_with_kvcache
+
+    def counted(query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "lucid_attention_with_kvcache", counted)
+    monkeypatch.setattr(attention, "_is_one_pass", few_tokens_after_a_past)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "GptOss", "Gemma2"])
+def test_the_decode_operator_fills_a_static_cache(
+    name, offloaded, build, ids, left_padded, one_pass, monkeypatch
+):
+    """It writes keys and `Y`, the layer counts: as the solve beside it would have."""
+    model = enable(build(name), strength=0.8)
+    expected = model(ids, attention_mask=left_padded, use_cache=False).logits
+    if offloaded:
+        real = LucidStaticLayer.update
+
+        def moves_away(layer, *args, **kwargs):
+            found = real(layer, *args, **kwargs)
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            return found
+
+        monkeypatch.setattr(LucidStaticLayer, "update", moves_away)
+    caches = [StaticCache(model.config, max_cache_len=24) for _ in range(2)]
+    for cache, ours in zip(caches, (True, False), strict=True):
+        if not ours:
+            monkeypatch.setattr(attention, "_is_one_pass", lambda *args: False)
+        at = 0
+        for length in (9, 1, 1, 3, 1, 2, 1):
+            now = slice(at, at + length)
+            logits = model(
+                ids[:, now], attention_mask=left_padded[:, : at + length], past_key_values=cache,
+            ).logits  # fmt: skip
+            real_rows = left_padded[:, now].bool()
+            torch.testing.assert_close(logits[real_rows], expected[:, now][real_rows], **TOLERANCE)
+            at += length
+    layers = lucid_layers(caches[0])
+    # A static layer always has a past: its buffers. The prompt, nine tokens, goes this way too where Y needs no scale.
+    assert one_pass == [n for n in (9, 1, 1, 3, 1, 2, 1) for _ in layers]
+    for i in layers:
+        first, second = caches[0].layers[i], caches[1].layers[i]
+        assert int(first.cumulative_length) == int(second.cumulative_length) == 18
+        torch.testing.assert_close(first.keys, second.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(first.values, second.values, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_decode_operator_in_a_compiled_step(build, ids, left_padded, monkeypatch):
+    monkeypatch.setattr(attention, "_is_one_pass", few_tokens_after_a_past)
+    model = enable(build("Llama"), strength=0.8)
+    expected = model(ids, attention_mask=left_padded, use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=24)
+    model(ids[:, :9], attention_mask=left_padded[:, :9], past_key_values=cache)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    full = torch.nn.functional.pad(left_padded, (0, 5))
+    for i in range(9, 18):
+        seen = full.clone()
+        seen[:, i + 1 :] = 0
+        logits = step(
+            ids[:, i : i + 1], attention_mask=seen, position_ids=torch.full((2, 1), i), past_key_values=cache
+        ).logits  # fmt: skip
+        torch.testing.assert_close(logits[:, 0], expected[:, i], **TOLERANCE)
+        assert all(int(cache.layers[n].cumulative_length) == i + 1 for n in lucid_layers(cache))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
