@@ -176,7 +176,7 @@ def main() -> None:
                 report.write_csv(rows, base.with_suffix(".csv"))
                 base.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
                 base.with_suffix(".md").write_text(tables(rows, facts))
-        del stepper
+        del stepper, action
         gc.collect()  # a model has cycles
         torch.cuda.empty_cache()
     print(tables(rows, facts))

@@ -136,11 +136,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """$COMMIT, for a copy that is not what its git says it is; else the commit of the source tree the package is imported from,
+    """$LUCID_COMMIT, for a copy that is not what its git says it is; else the commit of the source tree the package is imported from,
     ``-dirty`` if it was changed.
     """
-    if os.environ.get("COMMIT"):
-        return os.environ["COMMIT"]
+    if os.environ.get("LUCID_COMMIT"):
+        return os.environ["LUCID_COMMIT"]
     root = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():

@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_looked_at(tmp_path: Path) -> None:
 
 def test_the_commit_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy on another machine may carry no git, or another's."""
-    monkeypatch.setenv("COMMIT", "abc1234")
+    monkeypatch.setenv("LUCID_COMMIT", "abc1234")
     assert environment_facts()["commit"] == "abc1234"
-    monkeypatch.setenv("COMMIT", "")
+    monkeypatch.setenv("LUCID_COMMIT", "")
     assert environment_facts()["commit"] != ""

@@ -370,16 +370,15 @@ def programs_for(
 
     Two thirds of the multiprocessors are enough to read at the memory's rate, and a program that goes from one
     head to the next pays for it. Multiprocessors come in pairs that share their way to the memory: either each has a program
-    or one of each pair, for between the two those that are alone are done early. Half of them, in whole eights (their clusters
-    are filled alike), are taken where parts of ``used`` rows and ``e`` columns are then added up in fewer rounds.
+    or one of each pair, for between the two those that are alone are done early. Half of them, 64 of 132 (their clusters
+    are then filled alike), are taken where parts of ``used`` rows and ``e`` columns are then added up in fewer rounds.
     """
     each = multiprocessors // max(1, chains)
     if ragged or each == 0 or 10 * chains * each < 7 * multiprocessors:
         return min(multiprocessors, chains * most_tiles), 0
-    half = multiprocessors // 16 * 8 // chains
+    each, half = min(each, most_tiles), min(multiprocessors // 16 * 8 // chains, most_tiles)
     if half > 1 and rounds_of(half, used, e) < rounds_of(each, used, e):
         each = half
-    each = min(each, most_tiles)
     return chains * each, each
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -212,6 +213,7 @@ def reproduce(
     """
     if seeds < 1:
         raise ReproduceError(f"--seeds: expected 1 or more, got {seeds}")
+    size = "tiny" if tiny else "full"
     place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
     folder = _folder(out, experiment, identity)
@@ -229,21 +231,29 @@ def reproduce(
             if most_seconds is not None and time.monotonic() - began > most_seconds:
                 say(f"the time is over; the same command goes on ({out or folder.path})")
                 break
-            place = Workplace(place_of, tiny, folder.path / "work" / _identity(cell), shared or folder.path / "work")  # fmt: skip
-            place.work.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(_lock(folder, _identity(cell)), timeout=0)
             try:
-                with FileLock(f"{place.work}.lock", timeout=0):
-                    if not _file(folder, cell).is_file():
-                        bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
-                        own = [cell["seed"]] if experiment.per_seed else list(range(1, seeds + 1))
-                        _run(experiment, cell, own, place, folder, bar.update)
-                        with locked(folder.path / "work" / "tables"):
-                            _write(folder, experiment, cells)
+                lock.acquire()
             except Timeout:
                 busy += 1
+                continue
+            try:
+                if _file(folder, cell).is_file():
+                    continue
+                bar.set_postfix_str(", ".join(map(str, cell.values()))[:60])
+                own = [cell["seed"]] if experiment.per_seed else list(range(1, seeds + 1))
+                work = folder.path / "work" / _identity(cell)
+                place = Workplace(place_of, tiny, work, (shared or folder.path / "work") / size)
+                for path in (place.work, place.shared):
+                    path.mkdir(parents=True, exist_ok=True)
+                _run(experiment, cell, own, place, folder, bar.update)
+            finally:
+                lock.release()
+            with FileLock(_lock(folder, "tables")):
+                _write(folder, experiment, cells)
     if busy:
         say(f"{busy} cells are another process's; its end writes what both have found")
-    with locked(folder.path / "work" / "tables"):
+    with FileLock(_lock(folder, "tables")):
         _write(folder, experiment, cells)
     if all(_file(folder, cell).is_file() for cell in cells):
         shutil.rmtree(folder.path / "work", ignore_errors=True)
@@ -261,7 +271,14 @@ def _run(experiment: Experiment, cell: Cell, seeds: Sequence[int], place: Workpl
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(record) + "\n")
     partial.replace(target)
-    shutil.rmtree(place.work)
+    shutil.rmtree(place.work, ignore_errors=True)
+
+
+def _lock(folder: ResultsFolder, name: str) -> Path:
+    """A file that stays: one that is removed while another process waits for it locks nothing."""
+    path = folder.path / ".locks" / f"{name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    return path
 
 
 def _write(folder: ResultsFolder, experiment: Experiment, cells: Sequence[Cell]) -> None:
@@ -282,11 +299,21 @@ def load(folder: Path, cells: Sequence[Cell]) -> list[Row]:
         path = folder / "cells" / f"{_identity(cell)}.json"
         if path.is_file():
             record = json.loads(path.read_text())
-            rows += [{**cell, **row, "commit": record["commit"], "device": record["device"]} for row in record["rows"]]  # fmt: skip
+            about = {"commit": record["commit"], "device": record["device"]}
+            rows += [{**cell, **about, **row} for row in record["rows"]]
     return rows
 
 
 def _folder(out: Path | None, experiment: Experiment, identity: dict[str, Any]) -> ResultsFolder:
+    """Made, or gone on with; of processes that begin together, one makes it. Its lock cannot be in a folder that has to be empty."""
+    name = hashlib.sha256(str("" if out is None else out.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"lucid-reproduce-{name}.lock", mode=0o666):
+        folder = _made(out, experiment, identity)
+    (folder.path / "cells").mkdir(exist_ok=True)
+    return folder
+
+
+def _made(out: Path | None, experiment: Experiment, identity: dict[str, Any]) -> ResultsFolder:
     marker = None if out is None else out / "experiment.json"
     if marker is not None and marker.is_file():
         found = json.loads(marker.read_text())
@@ -296,7 +323,6 @@ def _folder(out: Path | None, experiment: Experiment, identity: dict[str, Any]) 
             )
         return ResultsFolder(marker.parent)
     folder = ResultsFolder.create(out, kind=experiment.name)
-    (folder.path / "cells").mkdir()
     folder.write_json("experiment.json", identity)
     return folder
 

@@ -11,18 +11,22 @@ import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lucid_attention.evaluate.prose import ProseTask
+from lucid_attention.results import environment_facts
 from lucid_attention.tasks import Sample
 from lucid_attention.train import TrainConfig, train
+from lucid_attention.train.folder import write_whole
 from lucid_attention.train.run import continue_training, prepare_tokens
 
 from .corpus import corpus_id, write_corpus
-from .experiment import Workplace, locked
+from .experiment import ReproduceError, Workplace, locked
 
 __all__ = ["LEARNING_RATE", "TextModel", "questions", "settings", "text_model", "train_cell"]
 
@@ -40,12 +44,13 @@ class TextModel:
     """A model trained on text.
 
     Attributes:
-        folder: of the checkpoint; log: of its training; corpus: the beginning of the text's SHA-256.
+        folder: of the checkpoint; log: of its training.
+        facts: ``corpus``, the beginning of the text's SHA-256; ``commit`` and ``device`` of the training, whoever asks for it.
     """
 
     folder: Path
     log: Log
-    corpus: str
+    facts: dict[str, str | None]
 
     @property
     def loss(self) -> float:
@@ -81,20 +86,27 @@ def text_model(
     """
     config = settings(place, **changes)
     corpus = corpus_id(place.shared / "corpus.jsonl")
-    told = {**dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "learning_rate": learning_rate, "version": _VERSION}  # fmt: skip
+    told = {
+        **dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "learning_rate": learning_rate,
+        "device": place.device.type, "liger": find_spec("liger_kernel") is not None, "version": _VERSION,
+    }  # fmt: skip
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     folder = place.shared / "models" / name
     with locked(folder):
-        kept = folder / "run"
-        if (kept / "model").is_dir():
+        kept, about = folder / "run", folder / "facts.json"
+        if (kept / "model").is_dir() and about.is_file():
             tick(steps)
             log = _log(kept)
         else:
             log = train_cell(place, config, steps, seed, folder, tick, learning_rate=learning_rate)
+            device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
+            commit = environment_facts()["commit"]
+            write_whole(about, json.dumps({**told, "corpus": corpus, "commit": commit, "trained_on": device}))  # fmt: skip
         # The checkpoints are three times the model's size, and nothing goes on from them any more.
         for part in (*kept.glob("checkpoint-*"), kept / "data"):
             shutil.rmtree(part, ignore_errors=True)
-    return TextModel(kept / "model", log, corpus)
+    facts = json.loads(about.read_text())
+    return TextModel(kept / "model", log, {name: facts[name] for name in ("corpus", "commit", "trained_on")})  # fmt: skip
 
 
 def train_cell(
@@ -108,9 +120,15 @@ def train_cell(
 ) -> Log:
     """Train in ``folder``, or go on there; the log. The model is ``folder/run/model``."""
     cuda = place.device.type == "cuda"
+    if cuda and (torch.cuda.device_count() > 1 or place.device.index not in (None, 0)):
+        # The Trainer would spread a batch over all of them, and so make it larger.
+        raise ReproduceError(
+            f"--device {place.device}: expected one visible GPU, got {torch.cuda.device_count()}; set CUDA_VISIBLE_DEVICES to one, "
+            "and start a process with the same --out for each other"
+        )
     given: dict[str, Any] = {
         "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": LEARNING_RATE,
-        "bf16": cuda, "use_cpu": not cuda, "report_to": "none", "eval_steps": 1.0 if place.tiny else 0.25,
+        "bf16": cuda, "use_cpu": not cuda, "report_to": "none", "eval_steps": steps if place.tiny else 0.25,
         "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip
     run = folder / "run"
@@ -118,6 +136,7 @@ def train_cell(
     if (run / "config.yaml").is_file():
         outcome = continue_training(run, **quiet)
     else:
+        shutil.rmtree(run, ignore_errors=True)  # killed before it had a configuration
         outcome = train(config, given, out=run, **quiet)
     if not outcome.finished:
         raise KeyboardInterrupt  # it was stopped and saved; the next run goes on
@@ -135,7 +154,8 @@ def questions(place: Workplace, grid: Sequence[tuple[ProseTask, int]], prose: st
 
     Kept: making them takes a CPU longer than answering takes a GPU.
     """
-    told = [[(task.name, task.version, length) for task, length in grid], number, seed, corpus_id(place.shared / "corpus.jsonl")]  # fmt: skip
+    about = hashlib.sha256(prose.encode()).hexdigest()
+    told = [[(task.name, task.version, length) for task, length in grid], number, seed, about, corpus_id(place.shared / "corpus.jsonl")]  # fmt: skip
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     path = place.shared / "questions" / f"{name}.pickle"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ class LanguageModel(Experiment):
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
     gpu_minutes = 25.0
     cpu_minutes = None
+    version = 2
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -42,7 +43,7 @@ class LanguageModel(Experiment):
         rates = sorted(entry["tokens_per_s"] for entry in found.log if "tokens_per_s" in entry)
         rate = rates[len(rates) // 2] if rates else math.nan
         return [
-            {"seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate, "corpus": found.corpus}
+            {**found.facts, "seed": seeds[0], "step": int(entry["step"]), "loss": entry["eval_loss"], "tokens_per_s": rate}
             for entry in found.log
             if "eval_loss" in entry
         ]  # fmt: skip

@@ -30,6 +30,7 @@ class Memory(Experiment):
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
     gpu_minutes = 23.0
     cpu_minutes = None
+    version = 2
 
     values = 64
     width = 128

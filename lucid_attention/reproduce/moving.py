@@ -30,6 +30,7 @@ class Moving(Experiment):
     claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
     gpu_minutes = 20.0
     cpu_minutes = None
+    version = 2
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -63,9 +64,9 @@ class Moving(Experiment):
             # Evaluated before the first step too: what the switch itself costs.
             log = train_cell(
                 place, moved, then, seed + 1000, place.work / way, tick,
-                eval_on_start=True, eval_steps=1.0 if place.tiny else 0.125, warmup_steps=0.1,
+                eval_on_start=True, eval_steps=then if place.tiny else 0.125, warmup_steps=0.1,
             )  # fmt: skip
-            about = {"seed": seed, "way": way, "corpus": base.corpus}
+            about = {"seed": seed, "way": way, "corpus": base.facts["corpus"]}
             rows.append({**about, "step": -1, "loss": base.loss})
             rows += [
                 {**about, "step": int(entry["step"]), "loss": entry["eval_loss"]}

@@ -38,6 +38,7 @@ class Needles(Experiment):
     claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
     gpu_minutes = 28.0
     cpu_minutes = None
+    version = 2
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -84,7 +85,7 @@ class Needles(Experiment):
         prose = part_of(read_prose(None), True)
         grid = [(parsed(f"needles:keys={count}"), length) for count in keys for length in lengths]
         samples = questions(place, grid, prose, tokenizer, number, seed)
-        about = {"seed": seed, "text_loss": text.loss, "corpus": text.corpus,
+        about = {"seed": seed, "text_loss": text.loss, "corpus": text.facts["corpus"],
                  "task_accuracy": [e["eval_accuracy"] for e in log if "eval_accuracy" in e][-1]}  # fmt: skip
         rows = []
         for (asked, reach), made in zip(grid, samples, strict=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -44,15 +44,20 @@ class Repeat(Experiment):
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         config = settings(place, attention=cell["attention"])
+        steps = self._each(place.tiny)
         rows: list[Row] = []
+        # cuBLAS asks once in a process, at its first product, whichever cell that is in.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         with _fixed_order() if cell["deterministic"] else contextlib.nullcontext():
             for run in range(1, RUNS + 1):
+                folder = place.work / f"run{run}"
                 log = train_cell(
-                    place, config, self._each(place.tiny), seeds[0], place.work / f"run{run}", tick,
-                    eval_steps=1.0, save_steps=1.0, logging_steps=1 if place.tiny else 5,
+                    place, config, steps, seeds[0], folder, tick, eval_steps=steps, save_steps=steps,
+                    logging_steps=1 if place.tiny else 5,
                 )  # fmt: skip
+                weights = (folder / "run" / "model" / "model.safetensors").read_bytes()
                 rates = sorted(e["tokens_per_s"] for e in log if "tokens_per_s" in e)
-                about = {"seed": seeds[0], "run": run, "tokens_per_s": rates[len(rates) // 2] if rates else math.nan}  # fmt: skip
+                about = {"seed": seeds[0], "run": run, "weights": hashlib.sha256(weights).hexdigest()[:16], "tokens_per_s": rates[len(rates) // 2] if rates else math.nan}  # fmt: skip
                 rows += [
                     {**about, "kind": kind, "step": int(entry["step"]), "loss": entry[kind]}
                     for entry in log
@@ -67,22 +72,28 @@ class Repeat(Experiment):
             "# Does a seed repeat?",
             "",
             f"Two runs of each seed, {max(r['step'] for r in rows)} steps. Parted: the first step in the log at which their training losses differ, the earliest of all "
-            "seeds. Apart: the largest difference in a logged training loss, and the mean difference (without its sign) in the held-out loss at the end.",
+            "seeds. Apart: the largest difference in a logged training loss, and the mean difference (without its sign) in the held-out loss at the end. "
+            "Equal: of how many seeds the weights at the end are the same bits.",
             "",
-            "| attention | adds in a fixed order | seeds | parted | apart, training | apart, held out | tokens/s |",
-            "|---|---|---|---|---|---|---|",
+            "| attention | adds in a fixed order | seeds | parted | apart, training | apart, held out | equal | tokens/s |",
+            "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for attention, deterministic in dict.fromkeys((r["attention"], r["deterministic"]) for r in rows):  # fmt: skip
             mine = [r for r in rows if (r["attention"], r["deterministic"]) == (attention, deterministic)]  # fmt: skip
             gaps = _gaps(mine)
             parted = [step for (_, kind, step), gap in gaps.items() if kind == "loss" and gap > 0]
             training = max((gap for (_, kind, _), gap in gaps.items() if kind == "loss"), default=math.nan)  # fmt: skip
-            held_out = [gap for (_, kind, _), gap in gaps.items() if kind == "eval_loss"]
+            end = max(r["step"] for r in mine)
+            held_out = [gap for (_, kind, step), gap in gaps.items() if (kind, step) == ("eval_loss", end)]  # fmt: skip
+            bits: dict[int, set[str]] = {}
+            for r in mine:
+                bits.setdefault(r["seed"], set()).add(r["weights"])
+            equal = sum(len(found) == 1 for found in bits.values())
             rate = sum(float(r["tokens_per_s"]) for r in mine) / len(mine)
             when = f"step {min(parted)}" if parted else "never"
             lines.append(
-                f"| {attention} | {'yes' if deterministic else 'no'} | {len({r['seed'] for r in mine})} | {when} | {training:.1e} | "
-                f"{sum(held_out) / max(1, len(held_out)):.1e} | {rate:,.0f} |"
+                f"| {attention} | {'yes' if deterministic else 'no'} | {len(bits)} | {when} | {training:.1e} | "
+                f"{sum(held_out) / max(1, len(held_out)):.1e} | {equal} of {len(bits)} | {rate:,.0f} |"
             )
         return "\n".join(lines) + "\n"
 
@@ -125,14 +136,9 @@ def _gaps(rows: Sequence[Row]) -> dict[tuple[int, str, int], float]:
 @contextlib.contextmanager
 def _fixed_order() -> Iterator[None]:
     """Kernels that give the same bits every time, or an error where there is none."""
-    before: Any = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        if before is None:
-            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
-        else:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+        torch.use_deterministic_algorithms(before)

@@ -38,7 +38,7 @@ class Tuning(Experiment):
             place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"],
             attention=cell["attention"], position=cell["position"],
         )  # fmt: skip
-        return [{"seed": seeds[0], "loss": found.loss, "corpus": found.corpus}]
+        return [{**found.facts, "seed": seeds[0], "loss": found.loss}]
 
     def summary(self, rows: list[Row]) -> str:
         """Losses by rate; and the comparison of each attention at its own best rate."""
@@ -47,7 +47,7 @@ class Tuning(Experiment):
             "# Learning rates",
             "",
             "Held-out loss; mean ± standard deviation over seeds; in bold the best rate of each attention. LUCID - softmax: each at its own "
-            "best rate, mean of the paired differences ± its standard error.",
+            "best rate, chosen by these same losses, mean of the paired differences ± its standard error.",
             "",
             "| position | attention | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
             "|---|---|" + "---|" * len(rates),
@@ -60,7 +60,8 @@ class Tuning(Experiment):
                 means = {rate: spread_of(c, "loss") for rate, c in cells.items() if c}
                 if not means:
                     continue
-                lowest = min(means, key=lambda rate: means[rate][0])
+                most = max(map(len, cells.values()))
+                lowest = min((r for r in means if len(cells[r]) == most), key=lambda r: means[r][0])
                 best[attention] = cells[lowest]
                 said = ["{:.4f} ± {:.4f}".format(*means[rate]) if rate in means else "" for rate in rates]  # fmt: skip
                 said = [f"**{text}**" if rate == lowest else text for rate, text in zip(rates, said, strict=True)]  # fmt: skip

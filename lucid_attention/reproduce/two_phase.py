@@ -75,6 +75,8 @@ class TwoPhase(Experiment):
             state = torch.load(kept, map_location=device)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:
+                group["capturable"] = device.type == "cuda"  # whatever device it was saved on
             for generator, was in zip(data, state["data"], strict=True):
                 generator.set_state(was.cpu())
             rows, done = state["rows"], state["done"]
@@ -119,7 +121,8 @@ class TwoPhase(Experiment):
             "# Two phases",
             "",
             "Mean squared error over the last 500 steps, and the share of the Jacobian of attention's output by its input that is off the "
-            "diagonal; mean ± standard deviation over seeds.",
+            "diagonal; mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where chance would "
+            "give as much less than once in twenty times (Student's t, each by itself).",
             "",
             "| scores | phase | steps | measure | softmax | LUCID | LUCID - softmax |",
             "|---|---|---|---|---|---|---|",

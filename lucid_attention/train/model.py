@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -125,7 +128,7 @@ def use_fused_loss(model: Any, choice: str, device: torch.device) -> str:
 
 
 def use_fused_layers(model: Any, choice: str, device: torch.device) -> str:
-    """Replace the norms and the gated MLPs by liger-kernel's, one kernel where there were ten; attention stays as it is.
+    """Replace the norms and the gated MLPs by liger-kernel's, one kernel where there were ten; of this model alone.
 
     Returns:
         What is used now: "liger" or "none".
@@ -133,8 +136,14 @@ def use_fused_layers(model: Any, choice: str, device: torch.device) -> str:
     Raises:
         TrainError: "liger" was asked for and cannot be had.
     """
-    # Not its rotary encoding: that replaces the function for every model of this process.
-    return _use_liger(model, "fused_layers", choice, device, {"rms_norm", "layer_norm", "swiglu", "geglu"})  # fmt: skip
+    # Not its rotary encoding, which is a function of the module and so every model's.
+    parts = {"rms_norm", "layer_norm"}
+    activation = getattr(model.config, "hidden_activation", None) or getattr(model.config, "hidden_act", None)  # fmt: skip
+    # It does not look at the activation itself.
+    gated = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}.get(str(activation))
+    if gated:
+        parts.add(gated)
+    return _use_liger(model, "fused_layers", choice, device, parts)
 
 
 def _use_liger(model: Any, field: str, choice: str, device: torch.device, parts: set[str]) -> str:
@@ -156,5 +165,20 @@ def _use_liger(model: Any, field: str, choice: str, device: torch.device, parts:
             return "none"
         raise TrainError(f"{field}: liger-kernel does not know {family}; take {field}: none")
     switches = [n for n, p in inspect.signature(patch).parameters.items() if n != "model"]
-    patch(model=model, **{name: name in parts for name in switches})
+    with _classes_kept(model):
+        patch(model=model, **{name: name in parts for name in switches})
     return "liger"
+
+
+@contextlib.contextmanager
+def _classes_kept(model: Any) -> Iterator[None]:
+    """Beside a model's own layers liger-kernel replaces the classes that later models would be made of; those are put back."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    names = {kind.__module__ for kind in kinds if kind.__module__.startswith("transformers.models.")}  # fmt: skip
+    before = {name: dict(vars(sys.modules[name])) for name in names}
+    try:
+        yield
+    finally:
+        for name, content in before.items():
+            now = vars(sys.modules[name])
+            now.update({key: value for key, value in content.items() if now.get(key) is not value})

@@ -220,7 +220,12 @@ def prepare_tokens(
             if not (source / "data" / "tokens.json").is_file():
                 raise TrainError(f"tokens_of {source}: is no folder of lucid train with its tokens")
             shutil.copytree(source / "tokenizer", place, dirs_exist_ok=True)
-            shutil.copytree(source / "data", data, dirs_exist_ok=True)
+            # Whole or not there: a copy that was cut off would be other data.
+            partial = folder / ".data.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / "data", partial)
+            shutil.rmtree(data, ignore_errors=True)
+            partial.rename(data)
         else:
             say("reading the text")
             made = load_tokenizer(config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from typer.testing import CliRunner
 
 from lucid_attention import cli
 from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, language, reproduce
-from lucid_attention.reproduce.experiment import _identity, paired, quantile, spread_of
+from lucid_attention.reproduce.experiment import Workplace, _identity, paired, quantile, spread_of
 from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.results import FolderError
+from lucid_attention.train import TrainConfig
+from lucid_attention.train.run import prepare_tokens
 
 
 def run(name: str, out: Path, **changes: Any) -> Path:
@@ -137,8 +140,8 @@ def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
     again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
     assert len(trained) == 2
     assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
-    assert len(list(shared.glob("models/*/run/model/model.safetensors"))) == 2
-    assert not list(shared.glob("models/*/run/checkpoint-*")) and not (first / "work").exists()
+    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 2
+    assert not list(shared.glob("tiny/models/*/run/checkpoint-*")) and not (first / "work").exists()
     run("language-model", tmp_path / "more", seeds=2, shared=shared)
     assert [c.attention for c in trained[2:]] == ["softmax", "lucid"]
 
@@ -148,8 +151,8 @@ def test_processes_share_the_cells(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("memory", out, most_seconds=-1.0)
     cells = EXPERIMENTS["memory"].cells(True)
-    (out / "work").mkdir(exist_ok=True)
-    taken = FileLock(out / "work" / f"{_identity(cells[0])}.lock")
+    (out / ".locks").mkdir(exist_ok=True)
+    taken = FileLock(out / ".locks" / f"{_identity(cells[0])}.lock")
     said: list[str] = []
     with taken:
         reproduce(EXPERIMENTS["memory"], out=out, tiny=True, device="cpu", say=said.append, quiet=True)  # fmt: skip
@@ -168,7 +171,7 @@ def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
 
 def test_folders_of_other_runs(tmp_path: Path) -> None:
     run("two-phase", tmp_path / "out", seeds=1)
-    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 2, 1 seeds\), not tiny memory \(version 1, 3 seeds\)"):  # fmt: skip
+    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 2, 1 seeds\), not tiny memory \(version 2, 3 seeds\)"):  # fmt: skip
         run("memory", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
@@ -236,28 +239,66 @@ def test_the_test_prose_is_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_two_runs_of_a_seed_by_hand() -> None:
-    """Equal until step 10, then .25 apart; the other seed never."""
+    """Equal until step 10, then .25 apart; the other seed never. What was evaluated before the end does not count."""
     from lucid_attention.reproduce.repeat import Repeat
 
     made = [
         {"attention": "lucid", "deterministic": False, "seed": seed, "run": run, "kind": kind, "step": step, "tokens_per_s": 5.0,
-         "loss": 2.0 + (0.25 if (seed, run) == (1, 2) and step >= 10 else 0.0)}
-        for seed in (1, 2) for run in (1, 2) for kind, step in (("loss", 5), ("loss", 10), ("eval_loss", 10))
+         "weights": f"w{run if seed == 1 else 0}", "loss": 2.0 + (0.25 if (seed, run) == (1, 2) and step >= 10 else 0.0)}
+        for seed in (1, 2) for run in (1, 2) for kind, step in (("loss", 5), ("loss", 10), ("eval_loss", 5), ("eval_loss", 10))
     ]  # fmt: skip
-    assert "| lucid | no | 2 | step 10 | 2.5e-01 | 1.2e-01 | 5 |" in Repeat().summary(made)
-    assert "| lucid | no | 1 | never | 0.0e+00 | 0.0e+00 | 5 |" in Repeat().summary([r for r in made if r["seed"] == 2])  # fmt: skip
+    assert "| lucid | no | 2 | step 10 | 2.5e-01 | 1.2e-01 | 1 of 2 | 5 |" in Repeat().summary(made)
+    assert "| lucid | no | 1 | never | 0.0e+00 | 0.0e+00 | 1 of 1 | 5 |" in Repeat().summary([r for r in made if r["seed"] == 2])  # fmt: skip
 
 
-def test_a_fixed_order_is_asked_for_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fixed_order_is_asked_for_and_given_back() -> None:
     from lucid_attention.reproduce.repeat import _fixed_order
 
-    for before in (None, ":16:8"):
-        if before is None:
-            monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-        else:
-            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
-        with _fixed_order():
-            assert torch.are_deterministic_algorithms_enabled()
-            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
+    for before in (False, True):
+        torch.use_deterministic_algorithms(before)
+        try:
+            with _fixed_order():
+                assert torch.are_deterministic_algorithms_enabled()
+            assert torch.are_deterministic_algorithms_enabled() == before
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_processes_begin_and_end_together(tmp_path: Path) -> None:
+    """Three at once on a new folder: none fails, no cell is run twice, the tables have all."""
+    for turn in range(2):
+        out = tmp_path / f"out{turn}"
+        command = [sys.executable, "-m", "lucid_attention", "reproduce", "memory", "--tiny", "--seeds", "1", "--device", "cpu", "--out", str(out)]  # fmt: skip
+        started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]  # fmt: skip
+        said = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0, 0, 0], said
+        assert len(list((out / "cells").glob("*.json"))) == 2 and not (out / "work").exists()
+        rows = list(csv.DictReader((out / "results.csv").open()))
+        assert {row["attention"] for row in rows} == {"softmax", "lucid"}
+
+
+def test_tiny_and_full_models_share_nothing(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    run("language-model", tmp_path / "out", seeds=1, shared=shared)
+    assert [path.name for path in shared.iterdir()] == ["tiny"]
+    model = next(shared.glob("tiny/models/*/facts.json"))
+    facts = json.loads(model.read_text())
+    assert facts["trained_on"] == facts["device"] == "cpu" and len(facts["corpus"]) == 12
+
+
+def test_a_copy_of_tokens_that_was_cut_off(tmp_path: Path) -> None:
+    """A kill between two files of the copy: the next training copies again."""
+    shared = tmp_path / "shared"
+    run("language-model", tmp_path / "out", seeds=1, shared=shared)
+    place = Workplace(torch.device("cpu"), True, tmp_path, shared / "tiny")
+    (tmp_path / "new" / ".data.partial").mkdir(parents=True)
+    (tmp_path / "new" / ".data.partial" / "tokens.json").write_text("{}")
+    _, tokens = prepare_tokens(language.settings(place), tmp_path / "new")
+    assert len(tokens.ids) > 10_000 and not (tmp_path / "new" / ".data.partial").exists()
+
+
+def test_several_visible_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place = Workplace(torch.device("cuda"), True, tmp_path, tmp_path)
+    with pytest.raises(ReproduceError, match="expected one visible GPU, got 2; set CUDA_VISIBLE"):
+        language.train_cell(place, TrainConfig(text="x"), 1, 1, tmp_path, lambda steps: None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,25 @@ def test_fused_loss_is_refused_where_it_cannot_be_had() -> None:
     assert use_fused_layers(model, "none", cpu) == use_fused_layers(model, "auto", cpu) == "none"
     with pytest.raises(TrainError, match=r"fused_layers: liger-kernel.*; take fused_layers: none"):
         use_fused_layers(model, "liger", cpu)
+
+
+@pytest.mark.parametrize("position", ["rope", "nope"])
+def test_fused_layers_are_one_models(position: str) -> None:
+    """A model made later has its family's own, and runs; an activation that liger-kernel's MLP does not have is left alone."""
+    config = replace(small(), position=position)
+    stock = repr(build_model(config, 50, seed=0))
+    ours: Any = build_model(config, 50, seed=0)
+    assert use_fused_layers(ours, "liger", torch.device("cuda")) == "liger"  # nothing is run
+    assert "LigerRMSNorm" in repr(ours.model.norm)
+    assert "Liger" in ours.model.layers[0].mlp.forward.__qualname__
+    theirs: Any = build_model(config, 50, seed=0)
+    assert repr(theirs) == stock and "Liger" not in stock
+    assert "Liger" not in theirs.model.layers[0].mlp.forward.__qualname__
+    assert torch.isfinite(theirs(input_ids=torch.arange(20)[None]).logits).all()
+    theirs.config.hidden_act = "gelu"
+    use_fused_layers(theirs, "liger", torch.device("cuda"))
+    assert "LigerRMSNorm" in repr(theirs.model.norm)
+    assert "Liger" not in theirs.model.layers[0].mlp.forward.__qualname__
 
 
 @pytest.mark.parametrize("tied", [False, True])
