@@ -266,15 +266,14 @@ def test_a_fixed_order_is_asked_for_and_given_back() -> None:
 
 def test_processes_begin_and_end_together(tmp_path: Path) -> None:
     """Three at once on a new folder: none fails, no cell is run twice, the tables have all."""
-    for turn in range(2):
-        out = tmp_path / f"out{turn}"
-        command = [sys.executable, "-m", "lucid_attention", "reproduce", "memory", "--tiny", "--seeds", "1", "--device", "cpu", "--out", str(out)]  # fmt: skip
-        started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]  # fmt: skip
-        said = [process.communicate(timeout=300)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0, 0], said
-        assert len(list((out / "cells").glob("*.json"))) == 2 and not (out / "work").exists()
-        rows = list(csv.DictReader((out / "results.csv").open()))
-        assert {row["attention"] for row in rows} == {"softmax", "lucid"}
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lucid_attention", "reproduce", "memory", "--tiny", "--seeds", "1", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert len(list((out / "cells").glob("*.json"))) == 2 and not (out / "work").exists()
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert {row["attention"] for row in rows} == {"softmax", "lucid"}
 
 
 def test_tiny_and_full_models_share_nothing(tmp_path: Path) -> None:
