@@ -30,7 +30,7 @@ class Memory(Experiment):
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
     gpu_minutes = 23.0
     cpu_minutes = None
-    version = 2
+    version = 3
 
     values = 64
     width = 128
@@ -108,16 +108,21 @@ class Memory(Experiment):
             right, asked = (torch.zeros(len(seeds), device=device) for _ in range(2))
             number = max(1, (1 << (10 if tiny else 17)) // reach // 4)
             draws = self._draw(cell, 4 * number, reach, data, device)
-            for key, value, target in zip(*(x.split(4, dim=1) for x in draws), strict=True):
-                late = target[..., reach * 3 // 4 :]
-                answer = model(key, value)[..., reach * 3 // 4 :, :].argmax(-1)
-                right += ((answer == late) & (late != IGNORED)).flatten(1).sum(1)
-                asked += (late != IGNORED).flatten(1).sum(1)
-            for index, seed in enumerate(seeds):
-                accuracy = float(right[index] / asked[index])
-                rows.append(
-                    {"seed": seed, "multiple": multiple, "length": reach, "accuracy": accuracy}
-                )
+            # Softmax divides by a sum that grows with the length: what a head returns may still be right and only too small.
+            for gain in dict.fromkeys((1, multiple)):
+                model.gain = float(gain)
+                right.zero_(), asked.zero_()
+                for key, value, target in zip(*(x.split(4, dim=1) for x in draws), strict=True):
+                    late = target[..., reach * 3 // 4 :]
+                    answer = model(key, value)[..., reach * 3 // 4 :, :].argmax(-1)
+                    right += ((answer == late) & (late != IGNORED)).flatten(1).sum(1)
+                    asked += (late != IGNORED).flatten(1).sum(1)
+                accuracy = (right / asked).tolist()
+                rows += [
+                    {"seed": seed, "multiple": multiple, "length": reach, "gain": gain, "accuracy": accuracy[i]}
+                    for i, seed in enumerate(seeds)
+                ]  # fmt: skip
+        model.gain = 1.0
         return rows
 
     def _draw(self, cell: Cell, batch: int, length: int, data: list[torch.Generator], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -131,7 +136,8 @@ class Memory(Experiment):
             "# Updatable memory",
             "",
             "Accuracy on the last quarter of sequences, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
-            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself).",
+            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself). "
+            "Attention x length: the same models, in the test what attention adds multiplied by the length over the training's.",
             "",
             "| position | keys | head size | layers | cosine | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
             "|---|---|---|---|---|---|" + "---|" * len(multiples),
@@ -139,12 +145,13 @@ class Memory(Experiment):
         for setting in dict.fromkeys(_setting(row) for row in rows):
             mine = [row for row in rows if _setting(row) == setting]
             label = " | ".join(map(str, setting))
-            for attention in ("softmax", "lucid"):
-                cells = [_cell([r for r in mine if r["attention"] == attention and r["multiple"] == m]) for m in multiples]  # fmt: skip
-                lines.append(f"| {label} | {attention} | " + " | ".join(cells) + " |")
+            for attention, scaled in (("softmax", False), ("lucid", False), ("softmax", True), ("lucid", True)):  # fmt: skip
+                ours = [r for r in mine if r["attention"] == attention and (not scaled or r["multiple"] > 1)]  # fmt: skip
+                cells = [_cell([r for r in ours if (r["multiple"], r["gain"]) == (m, m if scaled else 1)]) for m in multiples]  # fmt: skip
+                lines.append(f"| {label} | {attention}{', attention x length' if scaled else ''} | " + " | ".join(cells) + " |")  # fmt: skip
             gaps = []
             for m in multiples:
-                at = [r for r in mine if r["multiple"] == m]
+                at = [r for r in mine if r["multiple"] == m and r["gain"] == 1]
                 gap = paired((r for r in at if r["attention"] == "lucid"), (r for r in at if r["attention"] == "softmax"), "accuracy")  # fmt: skip
                 text = "" if gap.seeds == 0 else f"{gap.mean:+.3f} ± {gap.error:.3f}"
                 gaps.append(f"**{text}**" if gap.counts else text)
@@ -164,12 +171,14 @@ class Memory(Experiment):
         figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.9 * lines), squeeze=False, sharey=True, layout="constrained")  # fmt: skip
         for axis, setting in zip(axes.flat, settings, strict=False):
             for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
-                mine = [r for r in rows if _setting(r) == setting and r["attention"] == attention]
-                curves: dict[int, list[tuple[float, float]]] = {}
-                for r in sorted(mine, key=lambda r: r["length"]):
-                    curves.setdefault(r["seed"], []).append((r["length"], r["accuracy"]))
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*curve, strict=True), color=colour, lw=1, alpha=0.7, label=None if number else attention)  # fmt: skip
+                for scaled in (False, True):
+                    curves: dict[int, list[tuple[float, float]]] = {}
+                    for r in sorted(rows, key=lambda r: r["length"]):
+                        if (_setting(r), r["attention"], r["gain"]) == (setting, attention, r["multiple"] if scaled else 1):  # fmt: skip
+                            curves.setdefault(r["seed"], []).append((r["length"], r["accuracy"]))
+                    label = attention + (", attention x length" if scaled else "")
+                    for number, curve in enumerate(curves.values()):
+                        axis.plot(*zip(*curve, strict=True), ":" if scaled else "-", color=colour, lw=1, alpha=0.7, label=None if number else label)  # fmt: skip
             position, keys, head_dim, depth, cosine = setting
             axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else ""), fontsize=8)  # fmt: skip
             axis.set_xscale("log", base=2)

@@ -91,6 +91,9 @@ class Replicas(nn.Module):
         super().__init__()
         self.heads, self.depth, self.attention, self.position = heads, depth, attention, position
         self.scale = scale
+        self.gain = (
+            1.0  # of what attention adds; other values for tests of what makes an answer fail
+        )
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def drawn(*shape: int) -> Tensor:
@@ -145,7 +148,8 @@ class Replicas(nn.Module):
             query, key = _rotate(query), _rotate(key)
         function: Callable[..., Tensor] = lucid_attention if self.attention == "lucid" else softmax_attention  # fmt: skip
         found = function(query, key, value, scale=self.scale).transpose(1, 2).reshape(hidden.shape)
-        return _linear(found, self.weights[f"out{block}"])
+        added = _linear(found, self.weights[f"out{block}"])
+        return added if self.gain == 1.0 else self.gain * added
 
     def _mlp(self, hidden: Tensor, block: int) -> Tensor:
         width = hidden.shape[-1]

@@ -171,7 +171,7 @@ def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
 
 def test_folders_of_other_runs(tmp_path: Path) -> None:
     run("two-phase", tmp_path / "out", seeds=1)
-    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 2, 1 seeds\), not tiny memory \(version 2, 3 seeds\)"):  # fmt: skip
+    with pytest.raises(ReproduceError, match=r"holds tiny two-phase \(version 2, 1 seeds\), not tiny memory \(version 3, 3 seeds\)"):  # fmt: skip
         run("memory", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")

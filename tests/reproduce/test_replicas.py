@@ -82,6 +82,15 @@ def test_attentions_begin_alike_and_differ() -> None:
     torch.testing.assert_close(first, ours(*ids)[:, :, :11], rtol=1e-4, atol=1e-5)  # causal
 
 
+def test_a_gain_is_of_what_attention_adds() -> None:
+    made = model([1, 2], position="nope")
+    hidden = torch.randn(2, 3, 20, 16)
+    once, gained = made.attend(hidden, 0), made(*(torch.zeros(2, 3, 20, dtype=torch.int64),) * 2)
+    made.gain = 4.0
+    torch.testing.assert_close(made.attend(hidden, 0), 4 * once)
+    assert not torch.allclose(made(*(torch.zeros(2, 3, 20, dtype=torch.int64),) * 2), gained)
+
+
 def test_clipping_by_hand() -> None:
     made = model([1, 2])
     for parameter in made.parameters():
