@@ -41,7 +41,10 @@ class Memory(Experiment):
         if tiny:
             return [self._cell(a, "nope", 8, 16, 1, 0.0) for a in ("softmax", "lucid")]
         kinds = list(itertools.product(("softmax", "lucid"), ("nope", "rope")))
-        found = [self._cell(*kind, keys, 64, 1, 0.0) for keys in (16, 128, 512) for kind in kinds]
+        found = [self._cell(*kind, 16, 64, 1, 0.0) for kind in kinds]
+        normed = [("softmax", "nope"), ("lucid", "nope"), ("softmax", "rope"), ("lucid", "rope")]
+        found += [{**self._cell(*kind, 16, 64, 1, 0.0), "head_norm": True} for kind in normed]
+        found += [self._cell(*kind, keys, 64, 1, 0.0) for keys in (128, 512) for kind in kinds]
         found += [self._cell(*kind, 128, 16, 1, 0.0) for kind in kinds]
         found += [self._cell(*kind, 128, 64, 2, 0.0) for kind in kinds]
         found += [self._cell(*kind, 128, 64, 1, c) for c in (0.5, 0.9) for kind in kinds]
@@ -69,7 +72,7 @@ class Memory(Experiment):
         model = Replicas(
             vocabularies=(cell["keys"], self.values + 1), outputs=self.values, width=width,
             heads=width // cell["head_dim"], depth=cell["depth"], attention=cell["attention"],
-            position=cell["position"], seeds=seeds, cosine=cell["cosine"],
+            position=cell["position"], seeds=seeds, cosine=cell["cosine"], head_norm=cell.get("head_norm", False),
         ).to(device)  # fmt: skip
         steps, length = self.steps(cell, tiny), self.length(cell, tiny)
         rate = torch.tensor(0.0, device=device)
@@ -139,12 +142,12 @@ class Memory(Experiment):
             "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself). "
             "Attention x length: the same models, in the test what attention adds multiplied by the length over the training's.",
             "",
-            "| position | keys | head size | layers | cosine | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
-            "|---|---|---|---|---|---|" + "---|" * len(multiples),
+            "| position | keys | head size | layers | cosine | head norm | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
+            "|---|---|---|---|---|---|---|" + "---|" * len(multiples),
         ]  # fmt: skip
         for setting in dict.fromkeys(_setting(row) for row in rows):
             mine = [row for row in rows if _setting(row) == setting]
-            label = " | ".join(map(str, setting))
+            label = " | ".join(map(str, setting[:-1])) + (" | yes" if setting[-1] else " | no")
             for attention, scaled in (("softmax", False), ("lucid", False), ("softmax", True), ("lucid", True)):  # fmt: skip
                 ours = [r for r in mine if r["attention"] == attention and (not scaled or r["multiple"] > 1)]  # fmt: skip
                 cells = [_cell([r for r in ours if (r["multiple"], r["gain"]) == (m, m if scaled else 1)]) for m in multiples]  # fmt: skip
@@ -179,8 +182,8 @@ class Memory(Experiment):
                     label = attention + (", attention x length" if scaled else "")
                     for number, curve in enumerate(curves.values()):
                         axis.plot(*zip(*curve, strict=True), ":" if scaled else "-", color=colour, lw=1, alpha=0.7, label=None if number else label)  # fmt: skip
-            position, keys, head_dim, depth, cosine = setting
-            axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else ""), fontsize=8)  # fmt: skip
+            position, keys, head_dim, depth, cosine, head_norm = setting
+            axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else "") + (", head norm" if head_norm else ""), fontsize=8)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_ylim(-0.03, 1.03)
             axis.grid(alpha=0.3)
@@ -196,7 +199,7 @@ class Memory(Experiment):
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("position", "keys", "head_dim", "depth", "cosine"))
+    return (*(row[name] for name in ("position", "keys", "head_dim", "depth", "cosine")), bool(row.get("head_norm")))  # fmt: skip
 
 
 def _cell(rows: list[Row]) -> str:

@@ -70,6 +70,7 @@ class Replicas(nn.Module):
         attention: "lucid" or "softmax"; it has no parameters.
         position: "rope" or "nope".
         scale: of the scores; None is ``head_dim ** -0.5``.
+        head_norm: an RMS norm, without weights, on what each head returns.
         seeds: of the weights.
         cosine: of any two rows of the first table at the beginning; 0 for independent rows.
     """
@@ -87,10 +88,11 @@ class Replicas(nn.Module):
         seeds: Sequence[int],
         cosine: float = 0.0,
         scale: float | None = None,
+        head_norm: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.depth, self.attention, self.position = heads, depth, attention, position
-        self.scale = scale
+        self.scale, self.head_norm = scale, head_norm
         self.gain = (
             1.0  # of what attention adds; other values for tests of what makes an answer fail
         )
@@ -147,7 +149,12 @@ class Replicas(nn.Module):
         if self.position == "rope":
             query, key = _rotate(query), _rotate(key)
         function: Callable[..., Tensor] = lucid_attention if self.attention == "lucid" else softmax_attention  # fmt: skip
-        found = function(query, key, value, scale=self.scale).transpose(1, 2).reshape(hidden.shape)
+        found = function(query, key, value, scale=self.scale)
+        if (
+            self.head_norm
+        ):  # what it undoes is a factor of one over the length: the usual epsilon would hide it
+            found = torch.nn.functional.rms_norm(found, found.shape[-1:], eps=1e-8)
+        found = found.transpose(1, 2).reshape(hidden.shape)
         added = _linear(found, self.weights[f"out{block}"])
         return added if self.gain == 1.0 else self.gain * added
 

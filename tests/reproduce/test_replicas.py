@@ -91,6 +91,17 @@ def test_a_gain_is_of_what_attention_adds() -> None:
     assert not torch.allclose(made(*(torch.zeros(2, 3, 20, dtype=torch.int64),) * 2), gained)
 
 
+def test_a_head_norm_makes_heads_one_size() -> None:
+    """What attention adds no longer depends on the size of the values."""
+    plain, normed = model([1]), model([1], head_norm=True)
+    hidden = torch.randn(1, 3, 20, 16)
+    added = normed.attend(hidden, 0)
+    assert not torch.allclose(added, plain.attend(hidden, 0), atol=1e-3)
+    with torch.no_grad():
+        normed.weights["qkv0"][..., 32:] *= 100
+    torch.testing.assert_close(normed.attend(hidden, 0), added, rtol=1e-3, atol=1e-4)
+
+
 def test_clipping_by_hand() -> None:
     made = model([1, 2])
     for parameter in made.parameters():
