@@ -355,8 +355,11 @@ def build_app() -> typer.Typer:
         if listed:
             for one in EXPERIMENTS.values():
                 cpu = "" if one.cpu_minutes is None else f", {one.cpu_minutes:g} min on a CPU"
+                each = " for each seed" if one.per_seed else ""
                 took = "" if one.measured else ", estimated"
-                print(f"{one.name:14} {one.gpu_minutes:g} min on a GPU{cpu}{took}: {one.claim}")
+                print(
+                    f"{one.name:14} {one.gpu_minutes:g} min on a GPU{cpu}{each}{took}: {one.claim}"
+                )
             return
         try:
             if name is None or name not in EXPERIMENTS:

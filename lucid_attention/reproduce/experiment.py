@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ __all__ = [
     "Paired",
     "ReproduceError",
     "Workplace",
+    "as_png",
     "locked",
     "paired",
     "reproduce",
@@ -73,7 +75,8 @@ class Experiment(ABC):
     Attributes:
         name: on the command line.
         claim: what it is about, in a line.
-        gpu_minutes, cpu_minutes: what it takes at full size; None: too long to be useful. ``measured``: by a run, not estimated.
+        gpu_minutes, cpu_minutes: what it takes at full size, where seeds are cells what one of them takes; None: too long to be
+            useful. ``measured``: by a run, not estimated.
         version: goes up when the same settings would give other results.
         per_seed: whether every seed is a cell of its own, kept by itself.
     """
@@ -164,6 +167,16 @@ def paired(ours: Iterable[Row], theirs: Iterable[Row], metric: str) -> Paired:
         return Paired(mean, math.nan, len(gaps))
     spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
     return Paired(mean, spread / math.sqrt(len(gaps)), len(gaps))
+
+
+def as_png(figure: Any) -> bytes:
+    """A matplotlib figure, which is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
 
 
 def spread_of(rows: Iterable[Row], metric: str) -> tuple[float, float]:

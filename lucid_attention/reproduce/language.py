@@ -28,7 +28,15 @@ from lucid_attention.train.run import continue_training, prepare_tokens
 from .corpus import corpus_id, write_corpus
 from .experiment import ReproduceError, Workplace, locked
 
-__all__ = ["LEARNING_RATE", "TextModel", "questions", "settings", "text_model", "train_cell"]
+__all__ = [
+    "LEARNING_RATE",
+    "TextModel",
+    "questions",
+    "settings",
+    "text_model",
+    "text_steps",
+    "train_cell",
+]
 
 _VERSION = 1
 """Goes up whenever the same settings would train another model."""
@@ -74,6 +82,11 @@ def settings(place: Workplace, **changes: Any) -> TrainConfig:
     return TrainConfig(
         tokens_of=str(shared), tie_embeddings=True, document_masks=False, **{**size, **changes}
     )
+
+
+def text_steps(tiny: bool) -> int:
+    """Of training on text: one number for all experiments, or they could not share a model."""
+    return 4 if tiny else 900
 
 
 def text_model(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
-from .language import text_model
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .language import text_model, text_steps
 
 __all__ = ["LanguageModel"]
 
@@ -18,7 +17,7 @@ class LanguageModel(Experiment):
 
     name = "language-model"
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
-    gpu_minutes = 25.0
+    gpu_minutes = 11.0
     cpu_minutes = None
     version = 2
     per_seed = True
@@ -33,7 +32,7 @@ class LanguageModel(Experiment):
         ]  # fmt: skip
 
     def steps(self, cell: Cell, tiny: bool) -> int:
-        return 4 if tiny else 900
+        return text_steps(tiny)
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
@@ -93,7 +92,4 @@ class LanguageModel(Experiment):
             axis.grid(alpha=0.3)
         axes[0, 0].set_ylabel("held-out loss")
         axes[0, 0].legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from lucid_attention.tasks import updatable_memory
 from lucid_attention.tasks.updatable_memory import IGNORED
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
 from .replicas import Replayed, Replicas, clip_each
 
 __all__ = ["Memory"]
@@ -28,7 +27,7 @@ class Memory(Experiment):
 
     name = "memory"
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
-    gpu_minutes = 23.0
+    gpu_minutes = 27.0
     cpu_minutes = None
     version = 3
 
@@ -192,10 +191,7 @@ class Memory(Experiment):
         axes[0, 0].legend(frameon=False, fontsize=8)
         figure.supxlabel("length (the first is the training's)")
         figure.supylabel("accuracy")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)
 
 
 def _setting(row: Row) -> tuple[Any, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lucid_attention.train import TrainConfig
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
-from .language import settings, text_model, train_cell
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .language import settings, text_model, text_steps, train_cell
 
 __all__ = ["Moving"]
 
@@ -28,7 +27,7 @@ class Moving(Experiment):
 
     name = "moving"
     claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
-    gpu_minutes = 20.0
+    gpu_minutes = 7.0
     cpu_minutes = None
     version = 2
     per_seed = True
@@ -39,7 +38,7 @@ class Moving(Experiment):
 
     def lengths(self, tiny: bool) -> tuple[int, int]:
         """Steps of softmax, and of going on."""
-        return (4, 4) if tiny else (900, 160)
+        return text_steps(tiny), 4 if tiny else 160
 
     def steps(self, cell: Cell, tiny: bool) -> int:
         first, then = self.lengths(tiny)
@@ -119,7 +118,4 @@ class Moving(Experiment):
             axis.grid(alpha=0.3)
         axes[0, 0].set_ylabel("held-out loss")
         axes[0, 0].legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)

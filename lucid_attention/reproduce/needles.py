@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +13,8 @@ from lucid_attention.evaluate.prose import ProseTask, parse_task, run_task
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.tasks import part_of, read_prose
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
-from .language import questions, settings, text_model, train_cell
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .language import questions, settings, text_model, text_steps, train_cell
 
 __all__ = ["Needles"]
 
@@ -36,7 +35,7 @@ class Needles(Experiment):
 
     name = "needles"
     claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
-    gpu_minutes = 28.0
+    gpu_minutes = 18.0
     cpu_minutes = None
     version = 2
     per_seed = True
@@ -47,7 +46,7 @@ class Needles(Experiment):
 
     def lengths(self, cell: Cell, tiny: bool) -> tuple[int, int]:
         """Steps of text and of the task."""
-        text, task = (4, 4) if tiny else (900, 600)
+        text, task = text_steps(tiny), 4 if tiny else 600
         more = 1.1 if cell["attention"].endswith("+10%") else 1.0
         return round(text * more), round(task * more)
 
@@ -160,7 +159,4 @@ class Needles(Experiment):
             axis.set(title=side, xlabel="tokens")
         axes[0, 0].set_ylabel("needles")
         figure.colorbar(shown, ax=axes[0, -1], label="accuracy")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import math
 import os
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .experiment import Cell, Experiment, Row, Workplace
+from .experiment import Cell, Experiment, Row, Workplace, as_png
 from .language import settings, train_cell
 
 __all__ = ["Repeat"]
@@ -25,7 +24,7 @@ class Repeat(Experiment):
 
     name = "repeat"
     claim = "two runs of one seed differ because backward passes add in no fixed order; in a fixed order they are equal bit for bit"
-    gpu_minutes = 6.0
+    gpu_minutes = 4.0
     cpu_minutes = None
     per_seed = True
 
@@ -119,10 +118,7 @@ class Repeat(Experiment):
         axis.set(xlabel="step", title="distance of the losses of two runs of a seed")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)
 
 
 def _gaps(rows: Sequence[Row]) -> dict[tuple[int, str, int], float]:

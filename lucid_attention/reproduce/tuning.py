@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
-from .language import LEARNING_RATE, text_model
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .language import LEARNING_RATE, text_model, text_steps
 
 __all__ = ["Tuning"]
 
@@ -17,7 +16,7 @@ class Tuning(Experiment):
 
     name = "tuning"
     claim = "the learning rate of all experiments with language models suits both attentions alike"
-    gpu_minutes = 14.0
+    gpu_minutes = 21.0
     cpu_minutes = None
     per_seed = True
 
@@ -31,7 +30,7 @@ class Tuning(Experiment):
         ]  # fmt: skip
 
     def steps(self, cell: Cell, tiny: bool) -> int:
-        return 4 if tiny else 900
+        return text_steps(tiny)
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
@@ -93,7 +92,4 @@ class Tuning(Experiment):
             axis.grid(alpha=0.3)
         axes[0, 0].set_ylabel("held-out loss")
         axes[0, 0].legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)

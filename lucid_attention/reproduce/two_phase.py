@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lucid_attention.tasks import two_phase
 
-from .experiment import Cell, Experiment, Row, Workplace, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
 from .replicas import Replayed, Replicas
 
 __all__ = ["TwoPhase", "off_diagonal"]
@@ -172,10 +171,7 @@ class TwoPhase(Experiment):
                 axis.set_yscale("log")
         figure.supxlabel("step (dotted: from copying to the mean)", fontsize=9)
         axes[0, 0].legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        plt.close(figure)
-        return buffer.getvalue()
+        return as_png(figure)
 
 
 def off_diagonal(model: Replicas, length: int, draws: int = 16) -> Tensor:
