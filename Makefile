@@ -26,7 +26,7 @@ test-slow: $(STAMP) ## the tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu and not browser'
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n 8 --dist loadgroup
 
 test-browser: $(STAMP) ## `lucid inspect`'s page in a real browser: needs chromium or google-chrome (Debian: apt install chromium)
 	$(BIN)/python -m pytest -m browser

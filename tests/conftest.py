@@ -37,6 +37,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _card_shared() -> Iterator[None]:
+    """What a test leaves in torch's cache is lost to the other workers on the card."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill freshly allocated memory with NaN, so that reading it unwritten shows."""

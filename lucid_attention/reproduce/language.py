@@ -90,12 +90,14 @@ def text_steps(tiny: bool) -> int:
 
 
 def text_model(
-    place: Workplace, steps: int, seed: int, tick: Callable[[int], None], *, learning_rate: float = LEARNING_RATE, **changes: Any
+    place: Workplace, steps: int, seed: int, tick: Callable[[int], None], *, learning_rate: float = LEARNING_RATE,
+    weights: bool = True, **changes: Any,
 ) -> TextModel:  # fmt: skip
     """A model trained on the corpus; one for all cells, and all experiments with the same ``--shared``, that ask for it.
 
     ``changes`` are of `settings`. What was trained is kept; a training that was stopped goes on; one that another process
-    is at is waited for.
+    is at is waited for. Without ``weights`` its log is enough, which is small: ``facts.json`` and ``run/log.csv`` can be taken
+    to another machine.
     """
     config = settings(place, **changes)
     corpus = corpus_id(place.shared / "corpus.jsonl")
@@ -107,7 +109,8 @@ def text_model(
     folder = place.shared / "models" / name
     with locked(folder):
         kept, about = folder / "run", folder / "facts.json"
-        if (kept / "model").is_dir() and about.is_file():
+        there = (kept / "model").is_dir() if weights else (kept / "log.csv").is_file()
+        if there and about.is_file():
             tick(steps)
             log = _log(kept)
         else:

@@ -36,7 +36,7 @@ class LanguageModel(Experiment):
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
-            place, self.steps(cell, place.tiny), seeds[0], tick,
+            place, self.steps(cell, place.tiny), seeds[0], tick, weights=False,
             attention=cell["attention"], position=cell["position"], head_dim=cell["head_dim"],
         )  # fmt: skip
         rates = sorted(entry["tokens_per_s"] for entry in found.log if "tokens_per_s" in entry)

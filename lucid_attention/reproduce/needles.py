@@ -62,7 +62,7 @@ class Needles(Experiment):
         first, then = self.lengths(cell, place.tiny)
         keys, lengths, number = self.grid(place.tiny)
         # A cell of tiny rows would not hold a needle.
-        length = {"length": 256} if place.tiny else {}
+        length: dict[str, Any] = {"length": 256} if place.tiny else {}
         begun = "lucid" if side == "lucid" else "softmax"
         text = text_model(place, first, seed, tick, attention=begun, **length)
         changes: dict[str, Any] = {"attention": "softmax" if side.startswith("softmax") else "lucid"}  # fmt: skip
@@ -89,7 +89,7 @@ class Needles(Experiment):
         rows = []
         for (asked, reach), made in zip(grid, samples, strict=True):
             found, _ = run_task(
-                asked, model, tokenizer, prose, reach, number=number, batch_size=2 if place.tiny else max(1, 131072 // reach),
+                asked, model, tokenizer, prose, reach, number=number, batch_size=2 if place.tiny else max(1, (1 << 19) // reach),
                 seed=seed, quiet=True, samples=made,
             )  # fmt: skip
             rows.append({**about, "needles": asked.options["keys"], "length": reach, "accuracy": found["value"]})  # fmt: skip

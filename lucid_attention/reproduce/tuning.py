@@ -34,7 +34,7 @@ class Tuning(Experiment):
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
-            place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"],
+            place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"], weights=False,
             attention=cell["attention"], position=cell["position"],
         )  # fmt: skip
         return [{**found.facts, "seed": seeds[0], "loss": found.loss}]

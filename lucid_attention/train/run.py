@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -318,17 +319,18 @@ class _Run:
             assert not isinstance(strength, str)
             callbacks.append(StrengthSchedule(0.0, strength, steps=self.config.strength_steps))
         asks = self.config.task is not None
-        trainer = MeteredTrainer(
-            model=self.model,
-            args=self.arguments,
-            train_dataset=self.shuffled,
-            eval_dataset=self.held_out,
-            processing_class=self.tokenizer,
-            data_collator=stack,
-            callbacks=callbacks,
-            compute_metrics=accuracy if asks else None,
-            preprocess_logits_for_metrics=likeliest if asks else None,
-        )
+        with _compiled_by_layer():
+            trainer = MeteredTrainer(
+                model=self.model,
+                args=self.arguments,
+                train_dataset=self.shuffled,
+                eval_dataset=self.held_out,
+                processing_class=self.tokenizer,
+                data_collator=stack,
+                callbacks=callbacks,
+                compute_metrics=accuracy if asks else None,
+                preprocess_logits_for_metrics=likeliest if asks else None,
+            )
         trainer.remove_callback(PrinterCallback)
         disable_progress_bar()  # of each file that is written
         trainer.meter = meter
@@ -417,6 +419,21 @@ class _Run:
             partial.rename(target)
         self.state.wait_for_everyone()
         return target
+
+
+@contextlib.contextmanager
+def _compiled_by_layer() -> Iterator[None]:
+    """What ``torch_compile`` compiles is a layer, once for all layers, and not the model around it: it takes seconds instead of
+    minutes, and liger-kernel's loss, which reads a number back, is left alone. accelerate has no other way to be told.
+    """
+    name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+    was_there = name in os.environ
+    os.environ.setdefault(name, "true")
+    try:
+        yield
+    finally:
+        if not was_there:
+            del os.environ[name]
 
 
 def _facts(model: Any, config: TrainConfig, arguments: TrainingArguments) -> list[str]:

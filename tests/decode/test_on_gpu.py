@@ -157,6 +157,7 @@ def test_nothing_synchronises() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.xdist_group("large")  # tens of gigabytes: one after another
 def test_beyond_32_bits() -> None:
     """A cache of more than 2^31 entries; the last head of the last row is compared."""
     batch, heads, rows, width = 2, 9, 1 << 20, 128

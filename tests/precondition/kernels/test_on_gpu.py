@@ -260,6 +260,7 @@ def test_a_thousand_launches_beside_other_work(width: int) -> None:
     assert not wrong.item()
 
 
+@pytest.mark.xdist_group("large")  # tens of gigabytes: one after another
 @pytest.mark.parametrize("width", [64, 68])
 def test_addresses_beyond_32_bits(width: int) -> None:
     """More than 2^31 elements: the last head is what it is alone."""
