@@ -38,7 +38,7 @@ __all__ = [
     "train_cell",
 ]
 
-_VERSION = 1
+_VERSION = 2
 """Goes up whenever the same settings would train another model."""
 
 LEARNING_RATE = 1e-3
@@ -144,9 +144,10 @@ def train_cell(
         )
     given: dict[str, Any] = {
         "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": LEARNING_RATE,
-        "bf16": cuda, "use_cpu": not cuda, "report_to": "none", "eval_steps": steps if place.tiny else 0.25,
+        "bf16": cuda, "use_cpu": not cuda, "torch_compile": cuda, "report_to": "none", "eval_steps": steps if place.tiny else 0.25,
         "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip
+    torch.compiler.reset()  # it keeps a few variants of a layer, and then runs the next one uncompiled
     run = folder / "run"
     quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}
     if (run / "config.yaml").is_file():

@@ -19,7 +19,7 @@ class LanguageModel(Experiment):
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
     gpu_minutes = 11.0
     cpu_minutes = None
-    version = 2
+    version = 3
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:

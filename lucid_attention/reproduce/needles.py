@@ -37,7 +37,7 @@ class Needles(Experiment):
     claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
     gpu_minutes = 18.0
     cpu_minutes = None
-    version = 2
+    version = 3
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:

@@ -18,6 +18,7 @@ class Tuning(Experiment):
     claim = "the learning rate of all experiments with language models suits both attentions alike"
     gpu_minutes = 21.0
     cpu_minutes = None
+    version = 2
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:

@@ -288,7 +288,12 @@ class _Run:
         with said_once(self.state):
             self.model: Any = build_model(begun, vocabulary, seed=seed, tokenizer=self.tokenizer)
             loss = use_fused_loss(self.model, config.fused_loss, self.arguments.device)
-            use_fused_layers(self.model, config.fused_layers, self.arguments.device)
+            use_fused_layers(
+                self.model,
+                config.fused_layers,
+                self.arguments.device,
+                compiled=self.arguments.torch_compile,
+            )
         for line in _facts(self.model, config, self.arguments):
             self.say(line)
         # The rows of a task are drawn one by one, so that any order will do.
@@ -424,16 +429,18 @@ class _Run:
 @contextlib.contextmanager
 def _compiled_by_layer() -> Iterator[None]:
     """What ``torch_compile`` compiles is a layer, once for all layers, and not the model around it: it takes seconds instead of
-    minutes, and liger-kernel's loss, which reads a number back, is left alone. accelerate has no other way to be told.
+    minutes, and leaves liger-kernel's loss alone, which reads a number back. accelerate has no other way to be told.
     """
     name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
-    was_there = name in os.environ
-    os.environ.setdefault(name, "true")
+    before = os.environ.get(name)
+    os.environ[name] = "true"
     try:
         yield
     finally:
-        if not was_there:
+        if before is None:
             del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _facts(model: Any, config: TrainConfig, arguments: TrainingArguments) -> list[str]:

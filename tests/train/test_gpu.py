@@ -40,6 +40,17 @@ def test_a_training_in_bfloat16(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(plain, checkpointed, strict=True)) < 0.02
 
 
+@pytest.mark.parametrize("attention", ["lucid", "softmax"])
+def test_compiled_layers_learn_the_same(attention: str, tmp_path: Path) -> None:
+    """With fused layers, compiled ones and neither."""
+    torch.compiler.reset()
+    plain = losses(tmp_path, "plain", {}, attention=attention, fused_layers="none")
+    fused = losses(tmp_path, "fused", {}, attention=attention)
+    compiled = losses(tmp_path, "compiled", {"torch_compile": True}, attention=attention)
+    for other in (fused, compiled):
+        assert max(abs(a - b) for a, b in zip(plain, other, strict=True)) < 0.02
+
+
 @pytest.mark.parametrize("use", [use_fused_loss, use_fused_layers])
 @pytest.mark.parametrize("position", ["rope", "nope"])
 def test_what_is_fused_is_what_was_there(use: Callable[..., str], position: str) -> None:

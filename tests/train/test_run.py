@@ -220,6 +220,30 @@ def test_strength_rises_and_is_saved(novel: Path, tmp_path: Path) -> None:
     assert len(names) == 2
 
 
+def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Layer by layer, a rising strength compiled once; stopped and gone on with; the next training is not compiled."""
+    name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+    monkeypatch.setenv(name, "false")
+    settings = config(novel, layers=3, strength_steps=5, document_masks=False)
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    found = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        out = tmp_path / f"run{len(found)}"
+        run(settings, out, max_steps=3, **changes)
+        outcome = continue_training(out, ["max_steps=6"], quiet=True, say=lambda line: None)
+        found.append(weights(outcome.model))
+        assert os.environ[name] == "false"
+    for key, weight in found[0].items():
+        torch.testing.assert_close(found[1][key], weight, rtol=1e-4, atol=1e-5)
+    compiled = graphs["unique_graphs"]
+    run(settings, tmp_path / "next")
+    assert 1 < compiled == graphs["unique_graphs"] < 12
+    with pytest.raises(TrainError, match=r"fused_layers: .*none with torch_compile"):
+        run(config(novel, fused_layers="liger"), tmp_path / "refused", torch_compile=True)
+
+
 def test_a_checkpoint_is_moved_to_lucid(novel: Path, tmp_path: Path) -> None:
     first = run(config(novel, attention="softmax"), tmp_path / "first")
     moved = TrainConfig(text=str(novel), init_from=str(first.model), length=48, validation_share=0.1)  # fmt: skip
