@@ -1,13 +1,17 @@
-"""A text that is on every machine: the source of Python's standard library and a novel."""
+"""Texts that are on every machine that trains: the sources of Python, or of the libraries too, and a novel."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["corpus_id", "write_corpus"]
+
+_LIBRARIES = ("torch", "transformers", "sympy", "numpy", "networkx", "accelerate")
+"""What a training needs, and what that needs: they are installed wherever one is run."""
 
 
 def corpus_id(path: Path) -> str:
@@ -15,24 +19,24 @@ def corpus_id(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def write_corpus(path: Path, *, tiny: bool = False) -> Path:
+def write_corpus(path: Path, *, libraries: bool = False, tiny: bool = False) -> Path:
     """One JSON line for each document, in an order that a hash of their names gives; kept if it is there.
 
-    Some 30 MB, 9 million tokens where Python has its own tests with it; the content follows the installation, so `corpus_id` says
-    which it was.
+    Some 30 MB, 9 million tokens where Python has its own tests with it; with ``libraries`` some 170 MB, more than any
+    experiment reads once. The content follows the installation, so `corpus_id` says which it was.
     """
     if path.is_file():
         return path
     from lucid_attention.tasks.novel import packaged_novel
     from lucid_attention.train.tasks import part_of
 
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        file
-        for file in root.rglob("*.py")
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(file.relative_to(root).parts)
-    ]
-    names = {str(file.relative_to(root)): file for file in files}
+    standard = Path(sysconfig.get_paths()["stdlib"])
+    names = _sources(standard, without={"site-packages", "dist-packages"})
+    for library in _LIBRARIES if libraries else ():
+        spec = find_spec(library)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            found = _sources(Path(folder))
+            names |= {f"{library}/{name}": file for name, file in found.items()}
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as out:
@@ -48,3 +52,10 @@ def write_corpus(path: Path, *, tiny: bool = False) -> Path:
                 out.write(json.dumps({"text": text}) + "\n")
     partial.replace(path)
     return path
+
+
+def _sources(root: Path, without: frozenset[str] | set[str] = frozenset()) -> dict[str, Path]:
+    """Python files by their place under ``root``."""
+    unwanted = {"__pycache__", *without}
+    files = {str(file.relative_to(root)): file for file in root.rglob("*.py")}
+    return {name: file for name, file in files.items() if not unwanted & set(Path(name).parts)}

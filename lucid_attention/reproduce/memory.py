@@ -27,7 +27,7 @@ class Memory(Experiment):
 
     name = "memory"
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
-    gpu_minutes = 27.0
+    gpu_minutes = 14.0
     cpu_minutes = None
     version = 3
 

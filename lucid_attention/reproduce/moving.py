@@ -27,7 +27,8 @@ class Moving(Experiment):
 
     name = "moving"
     claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
-    gpu_minutes = 7.0
+    gpu_minutes = 3.5
+    measured = True
     cpu_minutes = None
     version = 3
     per_seed = True

@@ -24,7 +24,7 @@ class Repeat(Experiment):
 
     name = "repeat"
     claim = "two runs of one seed differ because backward passes add in no fixed order; in a fixed order they are equal bit for bit"
-    gpu_minutes = 4.0
+    gpu_minutes = 2.5
     cpu_minutes = None
     version = 2
     per_seed = True

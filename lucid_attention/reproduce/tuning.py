@@ -12,11 +12,11 @@ __all__ = ["Tuning"]
 
 
 class Tuning(Experiment):
-    """The 34M model after 29M tokens at four learning rates."""
+    """The 34M model after 29M tokens, each met once, at four learning rates."""
 
     name = "tuning"
     claim = "the learning rate of all experiments with language models suits both attentions alike"
-    gpu_minutes = 21.0
+    gpu_minutes = 11.0
     cpu_minutes = None
     version = 2
     per_seed = True
@@ -36,7 +36,7 @@ class Tuning(Experiment):
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
             place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"], weights=False,
-            attention=cell["attention"], position=cell["position"],
+            text="libraries", attention=cell["attention"], position=cell["position"],
         )  # fmt: skip
         return [{**found.facts, "seed": seeds[0], "loss": found.loss}]
 

@@ -136,14 +136,46 @@ def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(language, "train_cell", counted)
     shared = tmp_path / "shared"
     first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
-    assert len(trained) == 2  # softmax and LUCID
+    assert len(trained) == 4  # softmax and LUCID, on two texts
     again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
-    assert len(trained) == 2
+    assert len(trained) == 4
     assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
-    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 2
+    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 4
     assert not list(shared.glob("tiny/models/*/run/checkpoint-*")) and not (first / "work").exists()
     run("language-model", tmp_path / "more", seeds=2, shared=shared)
-    assert [c.attention for c in trained[2:]] == ["softmax", "lucid"]
+    assert [c.attention for c in trained[4:]] == ["softmax", "lucid", "softmax", "lucid"]
+    # What only reads losses needs no weights; what begins from a model trains it again.
+    for weights in shared.glob("tiny/models/*/run/model/model.safetensors"):
+        weights.unlink()
+        weights.parent.rename(weights.parents[1] / "gone")
+    last = run("language-model", tmp_path / "last", seeds=1, shared=shared)
+    assert len(trained) == 8 and (last / "results.csv").read_text() == (first / "results.csv").read_text()  # fmt: skip
+    place = Workplace(torch.device("cpu"), True, tmp_path / "work", shared / "tiny")
+    asked = {"attention": "lucid", "position": "nope", "head_dim": 16}
+    found = language.text_model(place, language.text_steps(True), 1, lambda steps: None, **asked)
+    assert len(trained) == 9 and (found.folder / "model.safetensors").is_file()
+
+
+def test_training_losses_by_hand() -> None:
+    log = [{"step": float(step), "loss": float(step)} for step in range(10, 90, 10)]
+    model = language.TextModel(Path(), [*log, {"step": 80.0, "eval_loss": 7.0}], {})
+    assert model.training_loss(70) == 50.0 and model.training_loss(20) == 15.0
+    assert math.isnan(model.training_loss(9)) and model.loss == 7.0
+
+
+def test_two_texts(tmp_path: Path) -> None:
+    """The libraries' text holds the standard library's, and each has its own tokens."""
+    from lucid_attention.reproduce.corpus import write_corpus
+
+    place = Workplace(torch.device("cpu"), True, tmp_path / "work", tmp_path / "shared")
+    small, large = (Path(language.settings(place, text=text).tokens_of or "") for text in ("stdlib", "libraries"))  # fmt: skip
+    assert (small / "corpus.jsonl").read_text() != (large / "corpus.jsonl").read_text()
+    assert (small / "data" / "tokens.json").is_file() and (large / "data" / "tokens.json").is_file()
+    whole = {name: write_corpus(tmp_path / f"{name}.jsonl", libraries=name == "large") for name in ("small", "large")}  # fmt: skip
+    lines = {name: set(path.read_text(encoding="utf-8").splitlines()) for name, path in whole.items()}  # fmt: skip
+    assert lines["small"] < lines["large"]
+    # 900 steps of 32K tokens, and 2 % that is held out, at 3.7 characters a token.
+    assert sum(map(len, lines["large"])) > 900 * 16 * 2048 * 3.7 * 1.02 > sum(map(len, lines["small"]))  # fmt: skip
 
 
 def test_processes_share_the_cells(tmp_path: Path) -> None:
