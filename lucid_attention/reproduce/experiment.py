@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import math
 import shutil
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,9 @@ from lucid_attention.results import ResultsFolder, environment_facts
 __all__ = [
     "Cell",
     "Experiment",
-    "Paired",
     "ReproduceError",
     "Workplace",
-    "as_png",
     "locked",
-    "paired",
     "reproduce",
 ]
 
@@ -108,84 +103,6 @@ class Experiment(ABC):
     @abstractmethod
     def plot(self, rows: list[Row]) -> bytes:
         """A PNG."""
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A difference between two settings over the same seeds.
-
-    Attributes:
-        mean, error: of the differences; the error is the standard error of their mean.
-        seeds: how many.
-    """
-
-    mean: float
-    error: float
-    seeds: int
-
-    @property
-    def counts(self) -> bool:
-        """Whether chance alone would give a difference as large less than once in twenty times, by Student's t.
-
-        Of three seeds that takes 4.3 standard errors: two would be exceeded in 18 % of all cases in which there is nothing.
-        """
-        return self.seeds >= 3 and abs(self.mean) > quantile(self.seeds) * self.error
-
-    @property
-    def seeds_to_resolve(self) -> float:
-        """How many seeds of this spread would make this mean count."""
-        if self.seeds < 2 or self.mean == 0 or not math.isfinite(self.mean):
-            return math.inf
-        spread = self.error * math.sqrt(self.seeds)
-        for number in range(3, 1000):
-            if abs(self.mean) > quantile(number) * spread / math.sqrt(number):
-                return number
-        return math.inf
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.error:.3f} ({self.seeds} seeds)"
-
-
-# Two-sided 5 %, by degrees of freedom from 1 on.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def quantile(seeds: int) -> float:
-    """Student's t for a mean of so many differences, two-sided, 5 %; beyond ten degrees of freedom to .5 %."""
-    degrees = seeds - 1
-    return _STUDENT[degrees - 1] if degrees <= len(_STUDENT) else 1.96 + 2.6 / degrees
-
-
-def paired(ours: Iterable[Row], theirs: Iterable[Row], metric: str) -> Paired:
-    """Ours minus theirs, seed by seed; seeds that only one side has are left out."""
-    right = {row["seed"]: float(row[metric]) for row in theirs}
-    gaps = [float(row[metric]) - right[row["seed"]] for row in ours if row["seed"] in right]
-    if not gaps:
-        return Paired(math.nan, math.nan, 0)
-    mean = sum(gaps) / len(gaps)
-    if len(gaps) < 2:
-        return Paired(mean, math.nan, len(gaps))
-    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1))
-    return Paired(mean, spread / math.sqrt(len(gaps)), len(gaps))
-
-
-def as_png(figure: Any) -> bytes:
-    """A matplotlib figure, which is closed."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def spread_of(rows: Iterable[Row], metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds."""
-    values = [float(row[metric]) for row in rows]
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
 def reproduce(

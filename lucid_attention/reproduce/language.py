@@ -83,7 +83,7 @@ def settings(place: Workplace, *, text: str = "stdlib", **changes: Any) -> Train
     A token sees its whole row, as in the paper, whatever documents that holds.
 
     Args:
-        text: "stdlib", which 900 steps go through 3.3 times, or "libraries", of which they do not see all.
+        text: "stdlib", which 900 steps go through 3.3 times, or "libraries", of which they see three fifths.
         changes: of the configuration.
     """
     size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip

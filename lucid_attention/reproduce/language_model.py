@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import COLOURS, as_png, panels, seed_lines
 from .language import TextModel, text_model, text_steps
+from .statistics import COUNTS, paired, said, spread_of
 
 __all__ = ["LanguageModel"]
 
@@ -61,8 +63,8 @@ class LanguageModel(Experiment):
         lines = [
             "# Language-model loss",
             "",
-            "Held-out loss, nats a token, after so many steps; mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
-            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself); seeds: how many it would take to tell the last difference. "
+            f"Held-out loss, nats a token, after so many steps; mean ± standard deviation over seeds; LUCID - softmax: {COUNTS}; "
+            "seeds: how many it would take to tell the last difference. "
             "Training: the loss on the last rows that were trained on, as they were met.",
             "",
             "| text | position | head size | | " + " | ".join(map(str, steps)) + " | training | seeds | tokens/s |",
@@ -74,45 +76,30 @@ class LanguageModel(Experiment):
             for attention, mine in sides.items():
                 if not mine:
                     continue
-                at = [[r for r in mine if r["step"] == step] for step in steps]
-                said = ["{:.3f} ± {:.3f}".format(*spread_of(x, "loss")) if x else "" for x in at]
-                training = "{:.3f} ± {:.3f}".format(*spread_of(at[-1], "training_loss")) if at[-1] else ""  # fmt: skip
+                texts = [said((r for r in mine if r["step"] == step), "loss") for step in steps]
+                training = said((r for r in mine if r["step"] == steps[-1]), "training_loss")
                 rate = spread_of(mine, "tokens_per_s")[0]
-                lines.append(f"| {label} | {attention} | {' | '.join(said)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
+                lines.append(f"| {label} | {attention} | {' | '.join(texts)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
             last = {a: [r for r in mine if r["step"] == steps[-1]] for a, mine in sides.items()}
             gaps = [paired((r for r in sides["lucid"] if r["step"] == step), (r for r in sides["softmax"] if r["step"] == step), "loss") for step in steps]  # fmt: skip
             if gaps[-1].seeds:
                 gaps.append(paired(last["lucid"], last["softmax"], "training_loss"))
-                said = [f"**{g.mean:+.3f} ± {g.error:.3f}**" if g.counts else f"{g.mean:+.3f} ± {g.error:.3f}" for g in gaps]  # fmt: skip
                 ratio = spread_of(sides["lucid"], "tokens_per_s")[0] / spread_of(sides["softmax"], "tokens_per_s")[0]  # fmt: skip
-                lines.append(f"| {label} | LUCID - softmax | {' | '.join(said)} | {gaps[-2].seeds_to_resolve:g} | x {ratio:.2f} |")  # fmt: skip
+                lines.append(f"| {label} | LUCID - softmax | {' | '.join(g.said() for g in gaps)} | {gaps[-2].seeds_to_resolve:g} | x {ratio:.2f} |")  # fmt: skip
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against steps, a panel for each setting, a line for each seed."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         settings = list(dict.fromkeys(_setting(r) for r in rows))
-        columns = min(4, len(settings))
-        lines = -(-len(settings) // columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 3.2 * lines), squeeze=False, layout="constrained")  # fmt: skip
-        for axis in axes.flat[len(settings) :]:
-            axis.set_visible(False)
-        for axis, (text, position, head_dim) in zip(axes.flat, settings, strict=False):
-            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
-                curves: dict[int, list[tuple[float, float]]] = {}
-                for r in rows:
-                    if (*_setting(r), r["attention"]) == (text, position, head_dim, attention):
-                        curves.setdefault(r["seed"], []).append((r["step"], r["loss"]))
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, marker="o", ms=3, label=None if number else attention)  # fmt: skip
+        figure, axes = panels(len(settings))
+        for axis, setting in zip(axes, settings, strict=True):
+            for attention, colour in COLOURS.items():
+                mine = [r for r in rows if (_setting(r), r["attention"]) == (setting, attention)]
+                seed_lines(axis, mine, "step", "loss", label=attention, color=colour, marker="o", ms=3)  # fmt: skip
+            text, position, head_dim = setting
             axis.set(title=f"{text}: {position}, heads of {head_dim}", xlabel="step")
-            axis.grid(alpha=0.3)
-        axes[0, 0].set_ylabel("held-out loss")
-        axes[0, 0].legend(frameon=False)
+        axes[0].set_ylabel("held-out loss")
+        axes[0].legend(frameon=False)
         return as_png(figure)
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from lucid_attention.tasks import updatable_memory
 from lucid_attention.tasks.updatable_memory import IGNORED
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import COLOURS, as_png, panels, seed_lines
 from .replicas import Replayed, Replicas, clip_each
+from .statistics import COUNTS, paired, said
 
 __all__ = ["Memory"]
 
@@ -137,8 +139,7 @@ class Memory(Experiment):
         lines = [
             "# Updatable memory",
             "",
-            "Accuracy on the last quarter of sequences, mean ± standard deviation over seeds; LUCID - softmax: mean of the paired "
-            "differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself). "
+            f"Accuracy on the last quarter of sequences, mean ± standard deviation over seeds; LUCID - softmax: {COUNTS}. "
             "Attention x length: the same models, in the test what attention adds multiplied by the length over the training's.",
             "",
             "| position | keys | head size | layers | cosine | head norm | attention | " + " | ".join(f"x{m}" for m in multiples) + " |",
@@ -149,46 +150,30 @@ class Memory(Experiment):
             label = " | ".join(map(str, setting[:-1])) + (" | yes" if setting[-1] else " | no")
             for attention, scaled in (("softmax", False), ("lucid", False), ("softmax", True), ("lucid", True)):  # fmt: skip
                 ours = [r for r in mine if r["attention"] == attention and (not scaled or r["multiple"] > 1)]  # fmt: skip
-                cells = [_cell([r for r in ours if (r["multiple"], r["gain"]) == (m, m if scaled else 1)]) for m in multiples]  # fmt: skip
+                cells = [said((r for r in ours if (r["multiple"], r["gain"]) == (m, m if scaled else 1)), "accuracy") for m in multiples]  # fmt: skip
                 lines.append(f"| {label} | {attention}{', attention x length' if scaled else ''} | " + " | ".join(cells) + " |")  # fmt: skip
             gaps = []
             for m in multiples:
                 at = [r for r in mine if r["multiple"] == m and r["gain"] == 1]
-                gap = paired((r for r in at if r["attention"] == "lucid"), (r for r in at if r["attention"] == "softmax"), "accuracy")  # fmt: skip
-                text = "" if gap.seeds == 0 else f"{gap.mean:+.3f} ± {gap.error:.3f}"
-                gaps.append(f"**{text}**" if gap.counts else text)
+                gaps.append(paired((r for r in at if r["attention"] == "lucid"), (r for r in at if r["attention"] == "softmax"), "accuracy").said())  # fmt: skip
             lines.append(f"| {label} | LUCID - softmax | " + " | ".join(gaps) + " |")
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """A panel for each setting: accuracy against length, every seed a thin line."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         settings = list(dict.fromkeys(_setting(row) for row in rows))
-        columns = min(4, len(settings))
-        lines = -(-len(settings) // columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.9 * lines), squeeze=False, sharey=True, layout="constrained")  # fmt: skip
-        for axis, setting in zip(axes.flat, settings, strict=False):
-            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+        figure, axes = panels(len(settings), height=2.9, sharey=True)
+        for axis, setting in zip(axes, settings, strict=True):
+            for attention, colour in COLOURS.items():
                 for scaled in (False, True):
-                    curves: dict[int, list[tuple[float, float]]] = {}
-                    for r in sorted(rows, key=lambda r: r["length"]):
-                        if (_setting(r), r["attention"], r["gain"]) == (setting, attention, r["multiple"] if scaled else 1):  # fmt: skip
-                            curves.setdefault(r["seed"], []).append((r["length"], r["accuracy"]))
+                    mine = [r for r in rows if (_setting(r), r["attention"], r["gain"]) == (setting, attention, r["multiple"] if scaled else 1)]  # fmt: skip
                     label = attention + (", attention x length" if scaled else "")
-                    for number, curve in enumerate(curves.values()):
-                        axis.plot(*zip(*curve, strict=True), ":" if scaled else "-", color=colour, lw=1, alpha=0.7, label=None if number else label)  # fmt: skip
+                    seed_lines(axis, mine, "length", "accuracy", label=label, style=":" if scaled else "-", color=colour, alpha=0.7)  # fmt: skip
             position, keys, head_dim, depth, cosine, head_norm = setting
             axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else "") + (", head norm" if head_norm else ""), fontsize=8)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_ylim(-0.03, 1.03)
-            axis.grid(alpha=0.3)
-        for axis in axes.flat[len(settings) :]:
-            axis.set_visible(False)
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        axes[0].legend(frameon=False, fontsize=8)
         figure.supxlabel("length (the first is the training's)")
         figure.supylabel("accuracy")
         return as_png(figure)
@@ -196,10 +181,3 @@ class Memory(Experiment):
 
 def _setting(row: Row) -> tuple[Any, ...]:
     return (*(row[name] for name in ("position", "keys", "head_dim", "depth", "cosine")), bool(row.get("head_norm")))  # fmt: skip
-
-
-def _cell(rows: list[Row]) -> str:
-    if not rows:
-        return ""
-    mean, deviation = spread_of(rows, "accuracy")
-    return f"{mean:.3f} ± {deviation:.3f}"

@@ -7,8 +7,10 @@ from typing import Any
 
 from lucid_attention.train import TrainConfig
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import as_png, panels, seed_lines
 from .language import settings, text_model, text_steps, train_cell
+from .statistics import COUNTS, paired, said
 
 __all__ = ["Moving"]
 
@@ -82,7 +84,7 @@ class Moving(Experiment):
             "# Moving a softmax model to LUCID",
             "",
             f"Held-out loss, nats a token: before, switched and untrained, and after {last} more steps; mean ± standard deviation over seeds; "
-            "against softmax that trained on: mean of the paired differences ± its standard error, bold where chance would give as much less than once in twenty times (Student's t, each by itself).",
+            f"against softmax that trained on: {COUNTS}.",
             "",
             f"| position | way | before | switched | after {last} | way - softmax |",
             "|---|---|---|---|---|---|",
@@ -91,33 +93,22 @@ class Moving(Experiment):
             for way in WAYS:
                 mine = [r for r in rows if (r["position"], r["way"]) == (position, way)]
                 stages = [[r for r in mine if r["step"] == step] for step in (-1, 0, last)]
-                said = ["{:.4f} ± {:.4f}".format(*spread_of(s, "loss")) if s else "" for s in stages]  # fmt: skip
                 rival = [r for r in rows if (r["position"], r["way"], r["step"]) == (position, "softmax", last)]  # fmt: skip
-                gap = paired(stages[2], rival, "loss")
-                text = f"**{gap}**" if gap.counts else str(gap)
-                lines.append(f"| {position} | {way} | {said[0]} | {said[1]} | {said[2]} | {'' if way == 'softmax' else text} |")  # fmt: skip
+                gap = "" if way == "softmax" else paired(stages[2], rival, "loss").said(with_seeds=True)  # fmt: skip
+                losses = " | ".join(said(stage, "loss", 4) for stage in stages)
+                lines.append(f"| {position} | {way} | {losses} | {gap} |")
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against steps after the switch, every seed a line."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         positions = list(dict.fromkeys(row["position"] for row in rows))
         colours = dict(zip(WAYS, ("#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e69f00"), strict=True))  # fmt: skip
-        figure, axes = plt.subplots(1, len(positions), figsize=(5 * len(positions), 3.8), squeeze=False, layout="constrained")  # fmt: skip
-        for axis, position in zip(axes[0], positions, strict=True):
+        figure, axes = panels(len(positions), width=5, height=3.8)
+        for axis, position in zip(axes, positions, strict=True):
             for way, colour in colours.items():
-                curves: dict[int, list[tuple[float, float]]] = {}
-                for r in rows:
-                    if (r["position"], r["way"]) == (position, way) and r["step"] >= 0:
-                        curves.setdefault(r["seed"], []).append((r["step"], r["loss"]))
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, marker="o", ms=3, label=None if number else way)  # fmt: skip
+                mine = [r for r in rows if (r["position"], r["way"]) == (position, way) and r["step"] >= 0]  # fmt: skip
+                seed_lines(axis, mine, "step", "loss", label=way, color=colour, marker="o", ms=3)
             axis.set(title=position, xlabel="steps after the switch")
-            axis.grid(alpha=0.3)
-        axes[0, 0].set_ylabel("held-out loss")
-        axes[0, 0].legend(frameon=False)
+        axes[0].set_ylabel("held-out loss")
+        axes[0].legend(frameon=False)
         return as_png(figure)

@@ -13,8 +13,10 @@ from lucid_attention.evaluate.prose import ProseTask, parse_task, run_task
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.tasks import part_of, read_prose
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import as_png, panels
 from .language import questions, settings, text_model, text_steps, train_cell
+from .statistics import COUNTS, paired, said, spread_of
 
 __all__ = ["Needles"]
 
@@ -103,8 +105,7 @@ class Needles(Experiment):
         lines = [
             "# Needles in prose",
             "",
-            "Accuracy, mean ± standard deviation over seeds; lucid - softmax: mean of the paired differences ± its standard error, bold where "
-            "chance would give as much less than once in twenty times (Student's t, each by itself). Both trainings were at 2048 tokens. "
+            f"Accuracy, mean ± standard deviation over seeds; lucid - softmax: {COUNTS}. Both trainings were at 2048 tokens. "
             "A model that takes any of N needles is right 1/N of the times. All: the mean over the numbers of needles.",
             "",
             "| needles | side | " + " | ".join(map(str, lengths)) + " |",
@@ -120,38 +121,32 @@ class Needles(Experiment):
 
         for count in (*counts, "all"):
             for side in SIDES:
-                cells = [at(side, count, length) for length in lengths]
-                if any(cells):
-                    said = ["{:.3f} ± {:.3f}".format(*spread_of(c, "accuracy")) if c else "" for c in cells]  # fmt: skip
-                    lines.append(f"| {count} | {side} | " + " | ".join(said) + " |")
+                texts = [said(at(side, count, length), "accuracy") for length in lengths]
+                if any(texts):
+                    lines.append(f"| {count} | {side} | " + " | ".join(texts) + " |")
             for ours, rival in (
                 ("lucid", "softmax"),
                 ("lucid", "softmax+10%"),
                 ("moved", "softmax"),
             ):
-                gaps = [paired(at(ours, count, n), at(rival, count, n), "accuracy") for n in lengths]  # fmt: skip
-                if any(gap.seeds for gap in gaps):
-                    said = [f"**{g.mean:+.3f} ± {g.error:.3f}**" if g.counts else f"{g.mean:+.3f} ± {g.error:.3f}" for g in gaps]  # fmt: skip
-                    lines.append(f"| {count} | {ours} - {rival} | " + " | ".join(said) + " |")
+                texts = [paired(at(ours, count, n), at(rival, count, n), "accuracy").said() for n in lengths]  # fmt: skip
+                if any(texts):
+                    lines.append(f"| {count} | {ours} - {rival} | " + " | ".join(texts) + " |")
         lines += ["", "| side | held-out loss on text |", "|---|---|"]
         for side in SIDES:
             mine = {r["seed"]: r for r in rows if r["attention"] == side}
             if mine:
-                lines.append(f"| {side} | " + "{:.4f} ± {:.4f}".format(*spread_of(mine.values(), "text_loss")) + " |")  # fmt: skip
+                lines.append(f"| {side} | {said(mine.values(), 'text_loss', 4)} |")
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Heat maps of accuracy, a panel for each side."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         counts = sorted({row["needles"] for row in rows})
         lengths = sorted({row["length"] for row in rows})
         sides = [side for side in SIDES if any(row["attention"] == side for row in rows)]
-        figure, axes = plt.subplots(1, len(sides), figsize=(3.8 * len(sides), 3.4), squeeze=False, layout="constrained")  # fmt: skip
-        for axis, side in zip(axes[0], sides, strict=True):
+        figure, axes = panels(len(sides), width=3.8, height=3.4)
+        for axis, side in zip(axes, sides, strict=True):
+            axis.grid(False)
             table: list[list[float]] = []
             for count in counts:
                 cells = [[r for r in rows if (r["attention"], r["needles"], r["length"]) == (side, count, n)] for n in lengths]  # fmt: skip
@@ -163,6 +158,6 @@ class Needles(Experiment):
             axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
             axis.set_yticks(range(len(counts)), [str(n) for n in counts])
             axis.set(title=side, xlabel="tokens")
-        axes[0, 0].set_ylabel("needles")
-        figure.colorbar(shown, ax=axes[0, -1], label="accuracy")
+        axes[0].set_ylabel("needles")
+        figure.colorbar(shown, ax=axes[-1], label="accuracy")
         return as_png(figure)

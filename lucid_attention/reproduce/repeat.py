@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import COLOURS, as_png, panels, seed_lines
 from .language import settings, train_cell
 
 __all__ = ["Repeat"]
@@ -99,25 +100,14 @@ class Repeat(Experiment):
 
     def plot(self, rows: list[Row]) -> bytes:
         """The distance of two runs' training losses against steps, a line for each seed."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
-        for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
+        figure, (axis,) = panels(1, width=6, height=3.8)
+        for attention, colour in COLOURS.items():
             for deterministic, style in ((False, "-"), (True, ":")):
                 mine = [r for r in rows if (r["attention"], r["deterministic"]) == (attention, deterministic)]  # fmt: skip
-                curves: dict[int, list[tuple[int, float]]] = {}
-                for (seed, kind, step), gap in _gaps(mine).items():
-                    if kind == "loss":
-                        curves.setdefault(seed, []).append((step, gap))
-                label = f"{attention}{', fixed order' if deterministic else ''}"
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*sorted(curve), strict=True), style, color=colour, lw=1, label=None if number else label)  # fmt: skip
+                gaps = [{"seed": seed, "step": step, "gap": gap} for (seed, kind, step), gap in _gaps(mine).items() if kind == "loss"]  # fmt: skip
+                seed_lines(axis, gaps, "step", "gap", label=f"{attention}{', fixed order' if deterministic else ''}", style=style, color=colour)  # fmt: skip
         axis.set_yscale("symlog", linthresh=1e-6)
         axis.set(xlabel="step", title="distance of the losses of two runs of a seed")
-        axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
         return as_png(figure)
 

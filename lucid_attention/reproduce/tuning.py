@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import COLOURS, as_png, panels, seed_lines
 from .language import LEARNING_RATE, text_model, text_steps
+from .statistics import paired, said, spread_of
 
 __all__ = ["Tuning"]
 
@@ -63,9 +65,9 @@ class Tuning(Experiment):
                 most = max(map(len, cells.values()))
                 lowest = min((r for r in means if len(cells[r]) == most), key=lambda r: means[r][0])
                 best[attention] = cells[lowest]
-                said = ["{:.4f} ± {:.4f}".format(*means[rate]) if rate in means else "" for rate in rates]  # fmt: skip
-                said = [f"**{text}**" if rate == lowest else text for rate, text in zip(rates, said, strict=True)]  # fmt: skip
-                lines.append(f"| {position} | {attention} | " + " | ".join(said) + " |")
+                texts = {rate: said(cell, "loss", 4) for rate, cell in cells.items()}
+                texts[lowest] = f"**{texts[lowest]}**"
+                lines.append(f"| {position} | {attention} | " + " | ".join(texts.values()) + " |")
             if len(best) == 2:
                 gap = paired(best["lucid"], best["softmax"], "loss")
                 lines.append(f"| {position} | LUCID - softmax | {gap} |" + " |" * (len(rates) - 1))
@@ -73,24 +75,14 @@ class Tuning(Experiment):
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against the rate, every seed a line."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         positions = list(dict.fromkeys(row["position"] for row in rows))
-        figure, axes = plt.subplots(1, len(positions), figsize=(4.2 * len(positions), 3.6), squeeze=False, layout="constrained")  # fmt: skip
-        for axis, position in zip(axes[0], positions, strict=True):
-            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
-                curves: dict[int, list[tuple[float, float]]] = {}
-                for r in rows:
-                    if (r["position"], r["attention"]) == (position, attention):
-                        curves.setdefault(r["seed"], []).append((r["rate"], r["loss"]))
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, marker="o", ms=3, lw=1, label=None if number else attention)  # fmt: skip
+        figure, axes = panels(len(positions), width=4.2, height=3.6)
+        for axis, position in zip(axes, positions, strict=True):
+            for attention, colour in COLOURS.items():
+                mine = [r for r in rows if (r["position"], r["attention"]) == (position, attention)]
+                seed_lines(axis, mine, "rate", "loss", label=attention, color=colour, marker="o", ms=3)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set(title=position, xlabel="learning rate")
-            axis.grid(alpha=0.3)
-        axes[0, 0].set_ylabel("held-out loss")
-        axes[0, 0].legend(frameon=False)
+        axes[0].set_ylabel("held-out loss")
+        axes[0].legend(frameon=False)
         return as_png(figure)

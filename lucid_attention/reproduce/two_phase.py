@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lucid_attention.tasks import two_phase
 
-from .experiment import Cell, Experiment, Row, Workplace, as_png, paired, spread_of
+from .experiment import Cell, Experiment, Row, Workplace
+from .figures import COLOURS, as_png, panels, seed_lines
 from .replicas import Replayed, Replicas
+from .statistics import COUNTS, paired, said
 
 __all__ = ["TwoPhase", "off_diagonal"]
 
@@ -120,8 +122,7 @@ class TwoPhase(Experiment):
             "# Two phases",
             "",
             "Mean squared error over the last 500 steps, and the share of the Jacobian of attention's output by its input that is off the "
-            "diagonal; mean ± standard deviation over seeds; LUCID - softmax: mean of the paired differences ± its standard error, bold where chance would "
-            "give as much less than once in twenty times (Student's t, each by itself).",
+            f"diagonal; mean ± standard deviation over seeds; LUCID - softmax: {COUNTS}.",
             "",
             "| scores | phase | steps | measure | softmax | LUCID | LUCID - softmax |",
             "|---|---|---|---|---|---|---|",
@@ -138,39 +139,26 @@ class TwoPhase(Experiment):
             sides = {a: [r for r in at if r["attention"] == a] for a in ("softmax", "lucid")}
             if not at:
                 continue
-            said = ["{:.4f} ± {:.4f}".format(*spread_of(side, metric)) if side else "" for side in sides.values()]  # fmt: skip
-            gap = paired(sides["lucid"], sides["softmax"], metric)
-            text = f"**{gap}**" if gap.counts else str(gap)
-            lines.append(f"| {scores} | {phase} | {step:,} | {metric} | {said[0]} | {said[1]} | {text} |")  # fmt: skip
+            texts = " | ".join(said(side, metric, 4) for side in sides.values())
+            gap = paired(sides["lucid"], sides["softmax"], metric).said(with_seeds=True)
+            lines.append(f"| {scores} | {phase} | {step:,} | {metric} | {texts} | {gap} |")
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Errors and the probe against all steps, a line for each seed."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         kinds = list(dict.fromkeys(row["scores"] for row in rows))
-        figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.6 * len(kinds)), squeeze=False, sharex=True, layout="constrained")  # fmt: skip
-        for axis, (scores, (metric, title)) in zip(axes.flat, itertools.product(kinds, _TITLES.items()), strict=True):  # fmt: skip
-            for attention, colour in (("softmax", "#56b4e9"), ("lucid", "#d55e00")):
-                curves: dict[int, list[tuple[float, float]]] = {}
-                for r in rows:
-                    if (r["attention"], r["scores"]) == (attention, scores) and r[
-                        metric
-                    ] is not None:
-                        curves.setdefault(r["seed"], []).append((r["total"], r[metric]))
-                for number, curve in enumerate(curves.values()):
-                    axis.plot(*zip(*sorted(curve), strict=True), color=colour, lw=1, alpha=0.8, label=None if number else attention)  # fmt: skip
+        figure, axes = panels(2 * len(kinds), columns=2, width=5, height=3.6, sharex=True)
+        for axis, (scores, (metric, title)) in zip(axes, itertools.product(kinds, _TITLES.items()), strict=True):  # fmt: skip
+            for attention, colour in COLOURS.items():
+                mine = [r for r in rows if (r["attention"], r["scores"]) == (attention, scores) and r[metric] is not None]  # fmt: skip
+                seed_lines(axis, mine, "total", metric, label=attention, color=colour, alpha=0.8)
             switch = max((r["total"] for r in rows if r["phase"] == "copy"), default=0)
             axis.axvline(switch, color="#555555", ls=":", lw=1)
             axis.set(title=f"{title}, {scores} scores")
-            axis.grid(alpha=0.3)
             if metric == "mse":
                 axis.set_yscale("log")
         figure.supxlabel("step (dotted: from copying to the mean)", fontsize=9)
-        axes[0, 0].legend(frameon=False)
+        axes[0].legend(frameon=False)
         return as_png(figure)
 
 

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from lucid_attention import cli
 from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, language, reproduce
-from lucid_attention.reproduce.experiment import Workplace, _identity, paired, quantile, spread_of
+from lucid_attention.reproduce.experiment import Workplace, _identity
 from lucid_attention.reproduce.moving import WAYS
+from lucid_attention.reproduce.statistics import paired, quantile, said, spread_of
 from lucid_attention.results import FolderError
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.run import prepare_tokens
@@ -222,8 +223,10 @@ def test_paired_differences_by_hand() -> None:
     assert (gap.mean, gap.seeds) == (pytest.approx(8 / 3), 3)
     assert gap.error == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
     assert gap.counts and str(gap) == "+2.667 ± 0.333 (3 seeds)"
+    assert gap.said() == "**+2.667 ± 0.333**" and gap.said(with_seeds=True) == f"**{gap}**"
+    assert said(rows({1: 1.0, 2: 3.0}), "x", 2) == "2.00 ± 1.41" and said([], "x") == ""
     small = paired(rows({1: 0.1, 2: -0.1, 3: 0.3}), rows({1: 0, 2: 0, 3: 0}), "x")
-    assert not small.counts
+    assert not small.counts and small.said() == "+0.100 ± 0.115"
     # t(17) * 0.2 / sqrt(18) = 2.11 * 0.2 / 4.24 < 0.1
     assert small.seeds_to_resolve == 18
     nothing = paired(rows({1: math.nan, 2: 1.0, 3: 2.0}), rows({1: 0, 2: 0, 3: 0}), "x")
@@ -236,7 +239,8 @@ def test_paired_differences_by_hand() -> None:
         rows({1: 9.0, 2: 9.0}), rows({1: 0, 2: 0}), "x"
     ).counts  # two seeds are too few
     assert math.isnan(paired(rows({1: 1.0}), rows({1: 0.0}), "x").error)
-    assert paired(rows({1: 1.0}), rows({2: 0.0}), "x").seeds == 0
+    apart = paired(rows({1: 1.0}), rows({2: 0.0}), "x")
+    assert apart.seeds == 0 and apart.said() == ""
     assert spread_of(rows({1: 1.0, 2: 3.0}), "x") == (2.0, pytest.approx(math.sqrt(2)))
 
 
