@@ -40,7 +40,7 @@ class Needles(Experiment):
     gpu_minutes = 6.0
     measured = True
     cpu_minutes = None
-    version = 3
+    version = 4
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:

@@ -11,7 +11,7 @@ from .prose import Sample, scatter, words, words_of
 
 __all__ = ["VERSION", "needles_in_prose"]
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same arguments and seed would give other data."""
 
 # A name is one of each: 48 x 48 of them.
@@ -49,7 +49,9 @@ def needles_in_prose(
         generator: source of all randomness, a CPU generator.
 
     Returns:
-        A `Sample`; its needles' keys are names, and their values numbers.
+        A `Sample`; its needles' keys are names, and their values numbers. Its prompt ends with the beginning of the answer, which
+        says the names again in the needles' words, as RULER's does: what is asked is whether a model finds the right one of
+        alike sentences, not whether it can follow a question.
 
     Raises:
         ValueError: a number out of range, a text without sentences, needles and question longer than ``length``.
@@ -63,8 +65,9 @@ def needles_in_prose(
         >>> from lucid_attention.tasks import needles_in_prose, score
         >>> prose = "It was late. The rain had stopped. Nobody came to the door. She closed the book."
         >>> sample = needles_in_prose(prose, 60, keys=2, generator=torch.Generator().manual_seed(0))
-        >>> sample.prompt.count("The number of the"), len(sample.needles), score(sample, sample.answers[0])
-        (2, 2, 1.0)
+        >>> needle = sample.needles[0]
+        >>> sample.prompt[needle.start : needle.end], len(sample.needles), score(sample, sample.answers[0])
+        ('The number of the grey beacon is 1296130.', 2, 1.0)
     """
     check_numbers(
         ("length", length, 1), ("keys", keys, 1), ("values", values, 1), ("queries", queries, 1)
@@ -94,4 +97,5 @@ def _question(asked: tuple[str, ...], values: int) -> str:
     listed = ", ".join(f"the {name}" for name in asked)
     many = len(asked) * values > 1
     what = "Which numbers belong to" if many else "Which number belongs to"
-    return f"\n\nQuestion: {what} {listed}?\nAnswer: The {'numbers are' if many else 'number is'}"
+    begun = f"The numbers of {listed} are" if many else f"The number of {listed} is"
+    return f"\n\nQuestion: {what} {listed}?\nAnswer: {begun}"

@@ -64,7 +64,7 @@ def test_own_tasks(checkpoint: str, prose: Path, tmp_path: Path) -> None:
         scores = [s["score"] for s in saved if (s["task"], s["length"]) == (row["task"], row["length"])]  # fmt: skip
         assert row["value"] == pytest.approx(sum(scores) / 3) and row["samples"] == 3
     rows = list(csv.DictReader((found.folder / "results.csv").open()))
-    assert rows[0]["task"] == "needles" and rows[0]["version"] == "1"
+    assert rows[0]["task"] == "needles" and rows[0]["version"] == "2"
     facts = json.loads((found.folder / "results.json").read_text())
     assert facts["seed"] == 1 and facts["torch"] == torch.__version__ and len(facts["rows"]) == 6
 
