@@ -72,24 +72,23 @@ class TextModel:
         return sum(found[-5:]) / len(found[-5:]) if found else math.nan
 
 
-def corpus_folder(place: Workplace, text: str) -> Path:
-    """Of the corpus and its tokens."""
-    return place.shared if text == "stdlib" else place.shared / text
+TEXT = "libraries"
+"""What experiments train on, where they do not compare texts."""
 
 
-def settings(place: Workplace, *, text: str = "stdlib", **changes: Any) -> TrainConfig:
+def settings(place: Workplace, *, text: str = TEXT, **changes: Any) -> TrainConfig:
     """34M parameters (8 layers of width 512, 16K tokens of vocabulary, tied), 2048 tokens a row, on a shared corpus.
 
     A token sees its whole row, as in the paper, whatever documents that holds.
 
     Args:
-        text: "stdlib", which 900 steps go through 3.3 times, or "libraries", of which they see three fifths.
+        text: "libraries", of which 900 steps see three fifths, or "stdlib", which they go through 3.3 times.
         changes: of the configuration.
     """
     size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip
     if place.tiny:
         size = {"layers": 2, "width": 64, "vocabulary": 320, "length": 64, "validation_share": 0.02}
-    shared = corpus_folder(place, text)
+    shared = place.shared / text
     with locked(shared / "corpus"):
         if not (shared / "data" / "tokens.json").is_file():
             written = write_corpus(shared / "corpus.jsonl", libraries=text == "libraries", tiny=place.tiny)  # fmt: skip
@@ -106,7 +105,7 @@ def text_steps(tiny: bool) -> int:
 
 def text_model(
     place: Workplace, steps: int, seed: int, tick: Callable[[int], None], *, learning_rate: float = LEARNING_RATE,
-    weights: bool = True, text: str = "stdlib", **changes: Any,
+    weights: bool = True, text: str = TEXT, **changes: Any,
 ) -> TextModel:  # fmt: skip
     """A model trained on the corpus; one for all cells, and all experiments with the same ``--shared``, that ask for it.
 
@@ -115,7 +114,7 @@ def text_model(
     to another machine.
     """
     config = settings(place, text=text, **changes)
-    corpus = corpus_id(corpus_folder(place, text) / "corpus.jsonl")
+    corpus = corpus_id(place.shared / text / "corpus.jsonl")
     told = {
         **dataclasses.asdict(config), "tokens_of": corpus, "steps": steps, "seed": seed, "learning_rate": learning_rate,
         "device": place.device.type, "liger": find_spec("liger_kernel") is not None, "version": _VERSION,
@@ -187,7 +186,7 @@ def questions(place: Workplace, grid: Sequence[tuple[ProseTask, int]], prose: st
     Kept: making them takes a CPU longer than answering takes a GPU.
     """
     about = hashlib.sha256(prose.encode()).hexdigest()
-    told = [[(task.name, task.version, length) for task, length in grid], number, seed, about, corpus_id(place.shared / "corpus.jsonl")]  # fmt: skip
+    told = [[(task.name, task.version, length) for task, length in grid], number, seed, about, corpus_id(place.shared / TEXT / "corpus.jsonl")]  # fmt: skip
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     path = place.shared / "questions" / f"{name}.pickle"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Moving(Experiment):
     gpu_minutes = 3.5
     measured = True
     cpu_minutes = None
-    version = 3
+    version = 4
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:

@@ -38,7 +38,7 @@ class Tuning(Experiment):
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
         found = text_model(
             place, self.steps(cell, place.tiny), seeds[0], tick, learning_rate=cell["rate"], weights=False,
-            text="libraries", attention=cell["attention"], position=cell["position"],
+            attention=cell["attention"], position=cell["position"],
         )  # fmt: skip
         return [{**found.facts, "seed": seeds[0], "loss": found.loss}]
 
