@@ -9,7 +9,8 @@ Writes ``decode-GPU.csv`` (steps), ``decode-model-GPU.csv``, ``decode-drift-GPU.
 A step is timed as a model runs it: a CUDA graph of calls one after another, each with a cache of its own (a layer's),
 at least 1 GiB of them, so that none finds its cache on the chip. The rivals are PyTorch's softmax attention
 over the same caches, one query a head, grouped heads enabled, with each of its back ends, and flex attention; the
-fastest counts. They are not asked to append keys and values; ours does. Copy: a large device-to-device copy in the
+fastest counts. They are not asked to append keys and values; ours does. "Masked": the same with a key mask of ones, which
+transformers hands down with a static cache. Copy: a large device-to-device copy in the
 same run, bytes read plus bytes written.
 """
 
@@ -111,12 +112,16 @@ class Layers:
         self.length = torch.full((1,), step.context - step.tokens, dtype=torch.int32, device=device)
         self.scale = torch.ones(heads, dtype=torch.float32, device=device)
         self.workspace = decode_workspace(*heads, device)
+        self.ones = torch.ones(step.batch, step.context, dtype=torch.bool, device=device)
 
-    def lucid(self, layer: int) -> Tensor:
+    def lucid(self, layer: int, key_mask: Tensor | None = None) -> Tensor:
         return lucid_attention_with_kvcache(
-            self.query, self.key, self.value, self.keys[layer], self.ys[layer], self.length,
-            y_scale=self.scale, workspace=self.workspace, impl="triton",
+            self.query, self.key, self.value, self.keys[layer], self.ys[layer], self.length, key_mask=key_mask,
+            y_scale=self.scale, workspace=self.workspace, impl="triton" if self.query.is_cuda else "blocked",
         )  # fmt: skip
+
+    def masked(self, layer: int) -> Tensor:
+        return self.lucid(layer, self.ones)
 
     def softmax(self, layer: int) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -171,13 +176,14 @@ def measure(step: Step, facts: dict[str, Any], with_flex: bool) -> list[dict[str
             calls[name] = Contestant(replay, budget_ms=120.0)
 
     enter("lucid", layers.lucid)
+    enter("lucid_masked", layers.masked)
     for name, backend in RIVALS.items():
         enter(name, layers.softmax, backend)
     if with_flex:
         enter("flex", attempt("flex", lambda: flex(layers)))
     times = in_turn(calls)
     found = {name: quantiles(seconds) for name, seconds in times.items() if seconds}
-    rivals = {name: ms[1] for name, ms in found.items() if name != "lucid"}
+    rivals = {name: ms[1] for name, ms in found.items() if not name.startswith("lucid")}
     best = min(rivals, key=lambda name: rivals[name]) if rivals else ""
     rows = []
     for name, (low, middle, high) in found.items():

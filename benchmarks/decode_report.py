@@ -57,7 +57,8 @@ def tables(steps: list[Row], model: list[Row], drift: list[Row], facts: Row) -> 
     ]
     ours = [row for row in steps if row["impl"] == "lucid"]
     if ours:
-        titles = "batch x KV heads | query heads a KV head | D | context | new tokens | LUCID, us | best softmax, us | / softmax | GB/s | of copy | error of the output | of y"  # fmt: skip
+        titles = "batch x KV heads | query heads a KV head | D | context | new tokens | LUCID, us | masked, us | best softmax, us | / softmax | GB/s | of copy | error of the output | of y"  # fmt: skip
+        masked = {_shape(row): row["ms_p50"] for row in steps if row["impl"] == "lucid_masked"}
         lines = [
             [
                 f"{row['batch']} x {row['kv_heads']}",
@@ -66,6 +67,7 @@ def tables(steps: list[Row], model: list[Row], drift: list[Row], facts: Row) -> 
                 str(row["context"]),
                 str(row["tokens"]),
                 f"{row['ms_p50'] * 1e3:.1f}",
+                f"{masked[_shape(row)] * 1e3:.1f}" if _shape(row) in masked else "",
                 f"{row['rival_ms_p50'] * 1e3:.1f} ({row['rival']})",
                 f"**{row['ratio']:.3f}**",
                 f"{row['gb_per_s']:.0f}",
@@ -99,6 +101,10 @@ def tables(steps: list[Row], model: list[Row], drift: list[Row], facts: Row) -> 
         ]  # fmt: skip
         parts += ["## Drift\n", table(titles.split(" | "), lines)]
     return "\n".join(parts)
+
+
+def _shape(row: Row) -> tuple[Any, ...]:
+    return tuple(row[n] for n in ("batch", "kv_heads", "q_heads", "head_dim", "context", "tokens"))
 
 
 def plot(steps: list[Row], facts: Row, path: Path) -> None:

@@ -49,6 +49,10 @@ def test_layers_hold_a_gibibyte() -> None:
     layers = Layers(Step(1, 2, 2, 16, 1 << 12), "cpu")
     assert layers.calls == 64  # of at most
     assert layers.softmax(3).shape == (1, 4, 1, 16)
+    # A mask of ones masks nothing; the second call writes what the first wrote.
+    torch.testing.assert_close(layers.masked(3), layers.lucid(3))
+    layers.ones[:, :2000] = False
+    assert not torch.allclose(layers.masked(3), layers.lucid(3), rtol=1e-2, atol=1e-2)
     assert len({x.data_ptr() for x in layers.keys}) == 64
 
 
@@ -63,18 +67,18 @@ def row(impl: str, ms: float, ratio: float) -> dict[str, Any]:
 
 def test_files(tmp_path: Path) -> None:
     results = decode_report.Results(tmp_path / "decode-h200", FACTS)
-    results.steps = [row("lucid", 0.041, 1.036), row("sdpa-cudnn", 0.0396, 1.0)]
+    results.steps = [row("lucid", 0.041, 1.036), row("lucid_masked", 0.0437, 1.104), row("sdpa-cudnn", 0.0396, 1.0)]  # fmt: skip
     results.drift = decode_drift.run(True, FACTS, device="cpu")
     times = {"softmax_best": [0.01], "lucid": [0.0101], "sdpa": [0.02]}
     results.model = list(decode_model.rows(times, "step", 16, 32768, 16, FACTS))
     results.write()
     results.plot()
     text = (tmp_path / "decode-h200.md").read_text()
-    assert "**1.036**" in text and "41.0" in text and "39.6 (sdpa-cudnn)" in text
+    assert "| 41.0 | 43.7 | 39.6 (sdpa-cudnn) | **1.036** |" in text
     assert "**1.010**" in text and "1584" in text  # tokens a second
     assert "## Drift" in text
     with (tmp_path / "decode-h200.csv").open() as file:
-        assert [r["impl"] for r in csv.DictReader(file)] == ["lucid", "sdpa-cudnn"]
+        assert [r["impl"] for r in csv.DictReader(file)] == ["lucid", "lucid_masked", "sdpa-cudnn"]
     assert (tmp_path / "decode-model-h200.csv").exists()
     assert (tmp_path / "decode-model-h200.png").exists()
     assert (tmp_path / "decode-h200.png").stat().st_size > 10_000

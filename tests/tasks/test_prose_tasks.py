@@ -80,7 +80,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 PINNED = (
-    'The number of the rusty fiddle is 6754065. The number of the emerald ladder is 4680378. The rain had stopped. It was late.\n'
+    "The number of the rusty fiddle is 6754065. The number of the emerald ladder is 4680378. The rain had stopped. It was late.\n"
     "\n"
     "Question: Which number belongs to the emerald ladder?\n"
     "Answer: The number of the emerald ladder is"
