@@ -81,8 +81,8 @@ def lucid_attention_forward(
         query: `(B, H, Q, D)`; key, value: `(B, Hkv, KV, D)`, after the cache's update.
         attention_mask: what `lucid_mask` returned, or a user's 4-D mask; a bool or additive 4-D
             mask in sliding and chunked layers.
-        dropout, scaling, softcap, s_aux: of the softmax. The preconditioner's scale stays
-            `1/sqrt(D)`; it neither sees the softcap nor the sinks.
+        dropout, scaling, softcap, s_aux: of the softmax. The preconditioner has a scale of its own
+            (`enable`); it neither sees the softcap nor the sinks.
         **kwargs: `lucid_context`, and whatever the model adds.
 
     Returns:
@@ -152,7 +152,12 @@ def lucid_attention_forward(
                     "prepared with lucid_attention.hf.enable.",
                 )
             values = precondition(
-                keys, values, strength=strength_of(lucid, values), key_mask=real, impl=lucid.impl
+                keys,
+                values,
+                kernel_scale=lucid.kernel_scale,
+                strength=strength_of(lucid, values),
+                key_mask=real,
+                impl=lucid.impl,
             )
         output = softmax(query, keys, values, real, start)
     return output.transpose(1, 2).contiguous(), None
@@ -243,6 +248,7 @@ def _cached(
     new = precondition(
         key,
         value,
+        kernel_scale=lucid.kernel_scale,
         strength=strength_of(lucid, value),
         key_mask=new_real,
         past=(past_keys, layer.in_full(pending.past)) if pending.past.shape[2] > 0 else None,
@@ -306,6 +312,7 @@ def _one_pass(
         y_scale=layer.y_scale,
         key_mask=real,
         scale=softmax.scale,
+        kernel_scale=lucid.kernel_scale,
         strength=strength_of(lucid, pending.value),
         softcap=softmax.softcap,
         sinks=softmax.sinks,
@@ -381,6 +388,7 @@ def _packed(
             v,
             packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
+            kernel_scale=lucid.kernel_scale,
             strength=strength_of(lucid, v),
             impl=lucid.impl,
         )

@@ -4,7 +4,7 @@ transformers strips the attention implementation on save, so a stock model with
 `attn_implementation="lucid"` would reload as softmax without a word. Here every LUCID model is an
 instance of a thin subclass of its stock class, made by one factory, whose config writes the marker
 
-    "attn_implementation": "lucid", "lucid": {"layers": [...], "strength": ...}
+    "attn_implementation": "lucid", "lucid": {"layers": [...], "strength": ...[, "kernel_scale": ...]}
 
 A process without this package then fails to load it (the implementation is unknown to it, and for
 the families below so is `model_type`, "lucid_llama" and so on). The tested families are registered

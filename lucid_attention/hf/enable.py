@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lucid_attention.precondition.validation import resolve_impl
+from lucid_attention.precondition.validation import resolve_impl, resolve_scale
 
 from .attention import warn_once
 from .checkpoint import (
@@ -50,6 +50,7 @@ def enable(
     *,
     layers: Iterable[int] | None = None,
     strength: float | str | Tensor | None = None,
+    kernel_scale: float | None = None,
     impl: str = "auto",
 ) -> nn.Module:
     """Switches a decoder model to LUCID attention, in place, for training and for inference.
@@ -69,6 +70,9 @@ def enable(
             softmax exactly. A tensor `(kv_heads,)` or `(LUCID layers, kv_heads)`. "learned": one
             trained parameter per KV head, starting from the model's present strength, which is 0
             for a softmax model, so that its loss does not jump. See also `StrengthSchedule`.
+        kernel_scale: of the preconditioner, as for `lucid_attention.precondition`; None is `1/sqrt(D)`.
+            Smaller ones let keys answer for keys that are less alike; towards 0 the values are
+            differences, `y_n = v_n - v_(n-1)`, whatever the keys.
         impl: of the preconditioner, as for `lucid_attention.precondition`. It is not saved.
 
     Returns:
@@ -92,6 +96,8 @@ def enable(
     """
     pretrained = pretrained_model(model)
     resolve_impl(impl)
+    if kernel_scale is not None:
+        kernel_scale = resolve_scale("kernel_scale", kernel_scale, 1, positive=True)
     attention = attention_layers(pretrained)
     eligible = eligible_layers(pretrained, attention)
     chosen = chosen_layers(layers, eligible, attention, pretrained.config.num_hidden_layers)
@@ -119,12 +125,16 @@ def enable(
     _become_lucid(model, pretrained)
     decoder = pretrained.base_model
     decoder.config.lucid = {"layers": chosen, "strength": parsed}
+    if kernel_scale is not None:
+        decoder.config.lucid["kernel_scale"] = kernel_scale
     for index, module in attention.items():
         if index not in chosen:
             if hasattr(module, SUBMODULE):
                 delattr(module, SUBMODULE)
             continue
-        _install_strength(module, parsed, chosen.index(index), len(chosen), impl)
+        _install_strength(module, parsed, chosen.index(index), len(chosen))
+        for installed in strength_modules(module):
+            installed.impl, installed.kernel_scale = impl, kernel_scale
     if before_forward not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
         decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
@@ -264,7 +274,12 @@ def install_in_transformers() -> None:
             # It may be another model's: `type(model)(model.config)`.
             _replace(self, config, copy.deepcopy(config), lambda cls: cls)
         setting = setting or {}
-        enable(self, layers=setting.get("layers"), strength=setting.get("strength"))
+        enable(
+            self,
+            layers=setting.get("layers"),
+            strength=setting.get("strength"),
+            kernel_scale=setting.get("kernel_scale"),
+        )
 
     @functools.wraps(stock_save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -318,7 +333,7 @@ def _replace(model: nn.Module, old: Any, new: Any, cls: Any) -> None:
 
 
 def _install_strength(
-    module: nn.Module, parsed: float | str | list[Any], row: int, rows: int, impl: str
+    module: nn.Module, parsed: float | str | list[Any], row: int, rows: int
 ) -> None:
     present = getattr(module, SUBMODULE, None)
     if parsed == "learned":
@@ -331,8 +346,6 @@ def _install_strength(
     else:
         assert not isinstance(parsed, str)
         setattr(module, SUBMODULE, FixedStrength(per_layer(parsed, rows)[row]))
-    for strength in strength_modules(module):
-        strength.impl = impl
 
 
 def _is_peft(model: nn.Module, pretrained: PreTrainedModel) -> bool:

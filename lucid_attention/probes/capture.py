@@ -26,6 +26,7 @@ class LayerTensors:
         scale: of the softmax's scores.
         strength: float32 ``(kv_heads,)``; None in a softmax layer.
         softcap, sinks: of the softmax; None where the model has none.
+        kernel_scale: of the preconditioner; None is ``1/sqrt(D)``.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class LayerTensors:
     strength: Tensor | None
     softcap: float | None = None
     sinks: Tensor | None = None
+    kernel_scale: float | None = None
 
     @property
     def group(self) -> int:
@@ -115,6 +117,7 @@ def _watched(model: Any, found: dict[int, LayerTensors]) -> Iterator[None]:
                 strength,
                 kwargs.get("softcap"),
                 kwargs.get("s_aux"),
+                None if lucid is None else lucid.kernel_scale,
             )
         return function(module, query, key, value, *args, **kwargs)
 

@@ -105,7 +105,9 @@ def _diagnose(
     if strength is None:
         strength = 1.0 if layer.strength is None else float(layer.strength[kv_head])
     exact = torch.linalg.solve_triangular(factor, value.double(), upper=False, unitriangular=True)
-    solved = precondition(key[None, None], value[None, None], strength=strength)[0, 0]
+    solved = precondition(
+        key[None, None], value[None, None], kernel_scale=layer.kernel_scale, strength=strength
+    )[0, 0]
     length = key.shape[0]
     keys = normalize_keys(key.double())
     # sum over pairs of khat_i . khat_j / D, from the norm of their sum.

@@ -21,7 +21,8 @@ def lower_factor(layer: LayerTensors, kv_head: int, strength: float | None = Non
     _check_length(keys.shape[0])
     if strength is None:
         strength = 1.0 if layer.strength is None else float(layer.strength[kv_head])
-    below = strength * kernel_matrix(keys, keys, keys.shape[-1] ** -0.5)
+    scale = keys.shape[-1] ** -0.5 if layer.kernel_scale is None else layer.kernel_scale
+    below = strength * kernel_matrix(keys, keys, scale)
     return below.tril(-1) + torch.eye(keys.shape[0], dtype=torch.float64, device=keys.device)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import COLOURS, as_png, panels, seed_lines
-from .language import TextModel, text_model, text_steps
-from .statistics import COUNTS, paired, said, spread_of
+from .language import DIFFERENCES, TextModel, text_model, text_steps
+from .statistics import COUNTS, Paired, paired, said, spread_of
 
 __all__ = ["LanguageModel"]
 
@@ -25,23 +25,28 @@ class LanguageModel(Experiment):
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
-        """Heads of 64 and 16 at the same width, on a text that is met 3.3 times and on one that is met once."""
+        """Heads of 64 and 16 at the same width, on a text that is met 3.3 times and on one that is met once, there with a control."""
         sizes = (16,) if tiny else (64, 16)
         positions = ("nope",) if tiny else ("rope", "nope")
         found: list[Cell] = [
             {"attention": attention, "position": position, "head_dim": head_dim}
             for head_dim, position, attention in itertools.product(sizes, positions, ("softmax", "lucid"))
         ]  # fmt: skip
-        return found + [{**cell, "text": "libraries"} for cell in found]
+        found += [{**cell, "text": "libraries"} for cell in found]
+        controls: list[Cell] = [
+            {"attention": "differences", "position": position, "head_dim": head_dim, "text": "libraries"}
+            for head_dim, position in itertools.product(sizes, positions)
+        ]  # fmt: skip
+        return found + controls
 
     def steps(self, cell: Cell, tiny: bool) -> int:
         return text_steps(tiny)
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
+        side = DIFFERENCES if cell["attention"] == "differences" else {"attention": cell["attention"]}  # fmt: skip
         found = text_model(
             place, self.steps(cell, place.tiny), seeds[0], tick, weights=False,
-            text=cell.get("text", "stdlib"), attention=cell["attention"], position=cell["position"],
-            head_dim=cell["head_dim"],
+            text=cell.get("text", "stdlib"), position=cell["position"], head_dim=cell["head_dim"], **side,
         )  # fmt: skip
         return self.rows_of(found, seeds[0])
 
@@ -63,15 +68,15 @@ class LanguageModel(Experiment):
         lines = [
             "# Language-model loss",
             "",
-            f"Held-out loss, nats a token, after so many steps; mean ± standard deviation over seeds; LUCID - softmax: {COUNTS}; "
+            f"Held-out loss, nats a token, after so many steps; mean ± standard deviation over seeds; one side less another: {COUNTS}; "
             "seeds: how many it would take to tell the last difference. "
-            "Training: the loss on the last rows that were trained on, as they were met.",
+            "Training: the loss on the last rows that were trained on, as they were met. Differences: a control, softmax attention over v_n - v_(n-1).",
             "",
             "| text | position | head size | | " + " | ".join(map(str, steps)) + " | training | seeds | tokens/s |",
             "|---|---|---|---|" + "---|" * len(steps) + "---|---|---|",
         ]  # fmt: skip
         for setting in dict.fromkeys(_setting(r) for r in rows):
-            sides = {a: [r for r in rows if _setting(r) == setting and r["attention"] == a] for a in ("softmax", "lucid")}  # fmt: skip
+            sides = {a: [r for r in rows if (_setting(r), r["attention"]) == (setting, a)] for a in COLOURS}  # fmt: skip
             label = " | ".join(map(str, setting))
             for attention, mine in sides.items():
                 if not mine:
@@ -80,12 +85,14 @@ class LanguageModel(Experiment):
                 training = said((r for r in mine if r["step"] == steps[-1]), "training_loss")
                 rate = spread_of(mine, "tokens_per_s")[0]
                 lines.append(f"| {label} | {attention} | {' | '.join(texts)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
-            last = {a: [r for r in mine if r["step"] == steps[-1]] for a, mine in sides.items()}
-            gaps = [paired((r for r in sides["lucid"] if r["step"] == step), (r for r in sides["softmax"] if r["step"] == step), "loss") for step in steps]  # fmt: skip
-            if gaps[-1].seeds:
-                gaps.append(paired(last["lucid"], last["softmax"], "training_loss"))
-                ratio = spread_of(sides["lucid"], "tokens_per_s")[0] / spread_of(sides["softmax"], "tokens_per_s")[0]  # fmt: skip
-                lines.append(f"| {label} | LUCID - softmax | {' | '.join(g.said() for g in gaps)} | {gaps[-2].seeds_to_resolve:g} | x {ratio:.2f} |")  # fmt: skip
+            for ours, rival in (("lucid", "softmax"), ("differences", "softmax"), ("lucid", "differences")):  # fmt: skip
+                gaps = [_gap(sides, ours, rival, step, "loss") for step in steps]
+                if not gaps[-1].seeds:
+                    continue
+                need = gaps[-1].seeds_to_resolve
+                gaps.append(_gap(sides, ours, rival, steps[-1], "training_loss"))
+                ratio = spread_of(sides[ours], "tokens_per_s")[0] / spread_of(sides[rival], "tokens_per_s")[0]  # fmt: skip
+                lines.append(f"| {label} | {ours} - {rival} | {' | '.join(g.said() for g in gaps)} | {need:g} | x {ratio:.2f} |")  # fmt: skip
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
@@ -105,3 +112,8 @@ class LanguageModel(Experiment):
 
 def _setting(row: Row) -> tuple[str, str, int]:
     return row.get("text", "stdlib"), row["position"], row["head_dim"]
+
+
+def _gap(sides: dict[str, list[Row]], ours: str, rival: str, step: int, metric: str) -> Paired:
+    left, right = ([r for r in sides[side] if r["step"] == step] for side in (ours, rival))
+    return paired(left, right, metric)

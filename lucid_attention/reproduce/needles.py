@@ -15,14 +15,14 @@ from lucid_attention.train.tasks import part_of, read_prose
 
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import as_png, panels
-from .language import questions, settings, text_model, text_steps, train_cell
+from .language import DIFFERENCES, questions, settings, text_model, text_steps, train_cell
 from .statistics import COUNTS, paired, said, spread_of
 
 __all__ = ["Needles"]
 
-SIDES = ("softmax", "lucid", "softmax+10%", "moved")
-"""The third trains softmax for a tenth more steps, of text and of the task; the last is a softmax model that is moved to LUCID
-while it learns the task, its strength rising from 0 to 1 in the first half."""
+SIDES = ("softmax", "lucid", "softmax+10%", "differences", "moved")
+"""The third trains softmax for a tenth more steps, of text and of the task; the next is the control `DIFFERENCES`; the last a softmax
+model that is moved to LUCID while it learns the task, its strength rising from 0 to 1 in the first half."""
 
 
 def parsed(text: str) -> ProseTask:
@@ -66,11 +66,13 @@ class Needles(Experiment):
         keys, lengths, number = self.grid(place.tiny)
         # A cell of tiny rows would not hold a needle.
         length: dict[str, Any] = {"length": 256} if place.tiny else {}
-        begun = "lucid" if side == "lucid" else "softmax"
-        text = text_model(place, first, seed, tick, attention=begun, **length)
-        changes: dict[str, Any] = {"attention": "softmax" if side.startswith("softmax") else "lucid"}  # fmt: skip
-        if side == "moved":
-            changes["strength_steps"] = then // 2
+        softmax: dict[str, Any] = {"attention": "softmax"}
+        changes = {
+            "lucid": {"attention": "lucid"},
+            "differences": DIFFERENCES,
+            "moved": {"attention": "lucid", "strength_steps": then // 2},
+        }.get(side, softmax)
+        text = text_model(place, first, seed, tick, **(softmax if side == "moved" else changes), **length)  # fmt: skip
         task = TrainConfig(
             task="needles", task_options={"keys": keys[-1], "queries": keys[-1]}, init_from=str(text.folder),
             length=settings(place, **length).length, **changes,
@@ -127,6 +129,7 @@ class Needles(Experiment):
             for ours, rival in (
                 ("lucid", "softmax"),
                 ("lucid", "softmax+10%"),
+                ("lucid", "differences"),
                 ("moved", "softmax"),
             ):
                 texts = [paired(at(ours, count, n), at(rival, count, n), "accuracy").said() for n in lengths]  # fmt: skip

@@ -35,6 +35,8 @@ class TrainConfig:
     Args:
         attention: "lucid", or "softmax": the same code with strength 0, which costs what softmax costs.
         strength: of LUCID, in [0, 1], or "learned" (one parameter a KV head, from 0).
+        kernel_scale: of LUCID, above 0; None is the checkpoint's, or one over the root of the head size
+            (`lucid_attention.hf.enable`).
         strength_steps: optimiser steps over which a fixed strength rises from 0; 0: it is there from the start.
         lucid_layers: indices of the layers that are LUCID; None: all.
         position: "rope", or "nope": no position encoding.
@@ -71,6 +73,7 @@ class TrainConfig:
 
     attention: str = "lucid"
     strength: float | str = 1.0
+    kernel_scale: float | None = None
     strength_steps: int = 0
     lucid_layers: tuple[int, ...] | None = None
     position: str = "rope"
@@ -123,6 +126,9 @@ class TrainConfig:
             raise TrainError(f"lucid_layers: expected a list of layer indices, got {layers!r}")
         if theta is not None and (not _is_number(theta) or not 0 < theta < float("inf")):
             raise TrainError(f"rope_theta: expected a number above 0, got {theta!r}")
+        scale = self.kernel_scale
+        if scale is not None and (not _is_number(scale) or not 0 < scale < float("inf")):
+            raise TrainError(f"kernel_scale: expected a number above 0, got {scale!r}")
         if not (self.task_options is None or isinstance(self.task_options, dict)):
             raise TrainError(f"task_options: expected key: value pairs, got {self.task_options!r}")
         for name in ("strength", "validation_share"):
@@ -159,7 +165,7 @@ class TrainConfig:
         elif isinstance(self.strength, bool) or not 0.0 <= self.strength <= 1.0:
             raise TrainError(f"strength: expected a number in [0, 1], got {self.strength!r}")
         if self.attention == "softmax":
-            for name in ("strength", "strength_steps", "lucid_layers"):
+            for name in ("strength", "kernel_scale", "strength_steps", "lucid_layers"):
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise TrainError(f"{name}: softmax attention has none; leave it out")
         if self.position == "nope" and self.rope_theta is not None:

@@ -89,8 +89,12 @@ def build_model(
     if config.attention == "softmax" or config.strength_steps:
         strength = 0.0
     layers = None if config.lucid_layers is None else list(config.lucid_layers)
+    scale = config.kernel_scale
+    if scale is None and config.attention == "lucid":
+        # Of a LUCID checkpoint it is part of what was learnt.
+        scale = (getattr(model.config, "lucid", None) or {}).get("kernel_scale")
     try:
-        enable(model, layers=layers, strength=strength)
+        enable(model, layers=layers, strength=strength, kernel_scale=scale)
     except ValueError as error:
         raise TrainError(str(error)) from None
     return model

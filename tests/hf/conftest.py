@@ -87,7 +87,8 @@ def dense_lucid(
     if module.layer_idx in oracle["layers"]:
         strength = torch.as_tensor(oracle["strength"], dtype=key.dtype)
         normal = key * (key.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-        kernel = (width**-0.5 * (normal @ normal.mT - width)).exp()
+        scale = oracle["kernel_scale"] or width**-0.5
+        kernel = (scale * (normal @ normal.mT - width)).exp()
         real = seen.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         lower = strength.reshape(-1, 1, 1) * (kernel * seen).tril(-1) + torch.eye(n)
         value = torch.linalg.solve_triangular(lower, value * real, upper=False)
@@ -128,7 +129,10 @@ def full_layers(model: PreTrainedModel) -> list[int]:
 
 
 def dense_twin(
-    model: PreTrainedModel, layers: list[int] | None = None, strength: Any = 1.0
+    model: PreTrainedModel,
+    layers: list[int] | None = None,
+    strength: Any = 1.0,
+    kernel_scale: float | None = None,
 ) -> PreTrainedModel:
     """A stock copy of a *stock* model whose attention is the dense oracle."""
     twin = copy.deepcopy(model)
@@ -136,6 +140,7 @@ def dense_twin(
     twin.config.oracle = {
         "layers": full_layers(model) if layers is None else layers,
         "strength": strength,
+        "kernel_scale": kernel_scale,
     }
     return twin
 

@@ -69,6 +69,17 @@ def test_layers_and_strengths_come_back(strength, build, ids, tmp_path):
     assert not hasattr(loaded.model.layers[0].self_attn, "lucid")
 
 
+@pytest.mark.parametrize("strength", [None, "learned"])
+def test_a_kernel_scale_comes_back(strength, build, ids, tmp_path):
+    model = enable(build("Llama"), layers=[1], strength=strength, kernel_scale=0.1)
+    if strength:
+        nn.init.constant_(model.model.layers[1].self_attn.lucid.strength_bias, 0.7)
+    loaded = same_after_reload(model, ids, tmp_path)
+    assert loaded.config.lucid["kernel_scale"] == 0.1
+    before = loaded(ids).logits
+    assert (enable(loaded, layers=[1], strength=strength)(ids).logits - before).abs().max() > 1e-3
+
+
 def test_a_fixed_strength_is_not_rounded_by_a_cast(build, ids, tmp_path):
     model = enable(build("Llama"), strength=0.123456789).bfloat16()
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, StaticCache
 
 from lucid_attention.hf import LucidCache, disable, enable
 
@@ -170,6 +170,40 @@ def test_strengths_equal_the_dense_definition(strength, build, dense_twin, ids):
     twin = dense_twin(stock, strength=strength)
     value = torch.tensor(strength) if isinstance(strength, list) else strength
     close(enable(stock, strength=value)(ids).logits, twin(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.9])
+def test_kernel_scales_equal_the_dense_definition(scale, build, dense_twin, ids):
+    """Whole, in chunks and packed; enabling again puts the usual one back."""
+    stock = build("Llama")
+    expected = dense_twin(stock, strength=0.8, kernel_scale=scale)(ids, use_cache=False).logits
+    usual = dense_twin(stock)(ids, use_cache=False).logits
+    assert (expected - usual).abs().max() > 0.01
+    model = enable(stock, strength=0.8, kernel_scale=scale)
+    close(model(ids, use_cache=False).logits, expected)
+    for cache in (LucidCache(model.config), StaticCache(model.config, max_cache_len=24)):
+        parts = [model(x, past_key_values=cache).logits for x in ids.split([7, 1, 1, 10], dim=1)]
+        close(torch.cat(parts, 1), expected)
+    packed = model(ids.reshape(1, -1), position_ids=torch.arange(19).repeat(2)[None], use_cache=False)  # fmt: skip
+    close(packed.logits.view_as(expected), expected)
+    close(enable(model)(ids, use_cache=False).logits, usual)
+    assert "kernel_scale" not in model.config.lucid
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (0.0, ValueError, "kernel_scale must be positive, got 0"),
+        (float("inf"), ValueError, "kernel_scale must be finite"),
+        ("0.1", TypeError, "kernel_scale must be a Python float"),
+        (torch.tensor(0.1), TypeError, "kernel_scale must be a Python float"),
+    ],
+)
+def test_bad_kernel_scales(scale, error, message, build):
+    model = build("Llama")
+    with pytest.raises(error, match=message):
+        enable(model, kernel_scale=scale)
+    assert type(model).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("strength", [0.0, "learned"])

@@ -498,7 +498,7 @@ def test_the_decode_operator_fills_a_static_cache(
     name, offloaded, build, ids, left_padded, one_pass, monkeypatch
 ):
     """It writes keys and `Y`, the layer counts: as the solve beside it would have."""
-    model = enable(build(name), strength=0.8)
+    model = enable(build(name), strength=0.8, kernel_scale=0.15)
     expected = model(ids, attention_mask=left_padded, use_cache=False).logits
     if offloaded:
         real = LucidStaticLayer.update

@@ -91,12 +91,13 @@ def test_sinks_softcaps_and_sliding_layers() -> None:
 
 
 @pytest.mark.parametrize("kind", HARD_KEYS)
-def test_the_factor_is_the_operators(kind: str) -> None:
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_the_factor_is_the_operators(kind: str, scale: float | None) -> None:
     key = make_keys(kind, 2, 90, 12)
     value = torch.randn(2, 90, 5, dtype=torch.float64)
-    layer = LayerTensors(0, key, key, value, 0.3, torch.tensor([0.4, 1.0]))
+    layer = LayerTensors(0, key, key, value, 0.3, torch.tensor([0.4, 1.0]), kernel_scale=scale)
     exact = reference.precondition(
-        key[None], value[None], kernel_scale=12**-0.5, strength=torch.tensor([0.4, 1.0]),
+        key[None], value[None], kernel_scale=scale or 12**-0.5, strength=torch.tensor([0.4, 1.0]),
         key_mask=None, past=None,
     )[0]  # fmt: skip
     for head in (0, 1):

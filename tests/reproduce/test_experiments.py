@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from lucid_attention import cli
+from lucid_attention import cli, precondition
 from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, language, reproduce
 from lucid_attention.reproduce.experiment import Workplace, _identity
 from lucid_attention.reproduce.moving import WAYS
@@ -24,6 +24,7 @@ from lucid_attention.reproduce.statistics import paired, quantile, said, spread_
 from lucid_attention.results import FolderError
 from lucid_attention.train import TrainConfig
 from lucid_attention.train.run import prepare_tokens
+from tests.conftest import make_keys, relative_error
 
 
 def run(name: str, out: Path, **changes: Any) -> Path:
@@ -40,7 +41,8 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(1, seeds + 1)}
     sides = {row.get("attention") or row["way"] for row in rows}
-    assert sides in ({"softmax", "lucid"}, {"softmax", "lucid", "moved"}, set(WAYS))
+    most = {"softmax", "lucid", "differences", "moved"}
+    assert sides == set(WAYS) or {"softmax", "lucid"} <= sides <= most
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     pattern = r"(?i)(lucid|way) - softmax|\| never \|"  # on a CPU a seed repeats
     assert re.search(pattern, (folder / "summary.md").read_text())
@@ -137,24 +139,25 @@ def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(language, "train_cell", counted)
     shared = tmp_path / "shared"
     first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
-    assert len(trained) == 4  # softmax and LUCID, on two texts
+    assert len(trained) == 5  # softmax and LUCID, on two texts, and the control
     again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
-    assert len(trained) == 4
+    assert len(trained) == 5
     assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
-    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 4
+    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 5
     assert not list(shared.glob("tiny/models/*/run/checkpoint-*")) and not (first / "work").exists()
     run("language-model", tmp_path / "more", seeds=2, shared=shared)
-    assert [c.attention for c in trained[4:]] == ["softmax", "lucid", "softmax", "lucid"]
+    assert [c.attention for c in trained[5:]] == ["softmax", "lucid", "softmax", "lucid", "lucid"]
+    assert [c.kernel_scale for c in trained[5:]] == [None] * 4 + [1e-6]
     # What only reads losses needs no weights; what begins from a model trains it again.
     for weights in shared.glob("tiny/models/*/run/model/model.safetensors"):
         weights.unlink()
         weights.parent.rename(weights.parents[1] / "gone")
     last = run("language-model", tmp_path / "last", seeds=1, shared=shared)
-    assert len(trained) == 8 and (last / "results.csv").read_text() == (first / "results.csv").read_text()  # fmt: skip
+    assert len(trained) == 10 and (last / "results.csv").read_text() == (first / "results.csv").read_text()  # fmt: skip
     place = Workplace(torch.device("cpu"), True, tmp_path / "work", shared / "tiny")
     asked = {"attention": "lucid", "position": "nope", "head_dim": 16}
     found = language.text_model(place, language.text_steps(True), 1, lambda steps: None, **asked)
-    assert len(trained) == 9 and (found.folder / "model.safetensors").is_file()
+    assert len(trained) == 11 and (found.folder / "model.safetensors").is_file()
 
 
 def test_training_losses_by_hand() -> None:
@@ -162,6 +165,15 @@ def test_training_losses_by_hand() -> None:
     model = language.TextModel(Path(), [*log, {"step": 80.0, "eval_loss": 7.0}], {})
     assert model.training_loss(70) == 50.0 and model.training_loss(20) == 15.0
     assert math.isnan(model.training_loss(9)) and model.loss == 7.0
+
+
+@pytest.mark.parametrize("kind", ["cos0", "cos0.9", "identical", "zero"])
+def test_the_control_is_blind_to_keys(kind: str) -> None:
+    """Its values are differences, whatever the keys: to the first order in the scale."""
+    key, value = make_keys(kind, 1, 2, 300, 64), torch.randn(1, 2, 300, 64, dtype=torch.float64)
+    solved = precondition(key, value, kernel_scale=language.DIFFERENCES["kernel_scale"])
+    expected = torch.cat((value[:, :, :1], value.diff(dim=2)), dim=2)
+    assert relative_error(solved, expected) < 1e-3
 
 
 def test_two_texts(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_strengths() -> None:
     assert (strengths(build_model(small(strength_steps=10), 50, seed=0)) == 0).all()
 
 
+def test_kernel_scales(tmp_path: Path) -> None:
+    """A LUCID checkpoint keeps its own, unless another is asked for."""
+    model = build_model(small(kernel_scale=0.2), 50, seed=5)
+    assert model.config.lucid["kernel_scale"] == 0.2
+    model.save_pretrained(tmp_path)
+    for asked, expected in ((None, 0.2), (0.5, 0.5)):
+        config = TrainConfig(text="x", init_from=str(tmp_path), kernel_scale=asked)
+        assert build_model(config, 50, seed=0).config.lucid["kernel_scale"] == expected
+
+
 def test_from_a_checkpoint(tmp_path: Path) -> None:
     stock = disable(build_model(small(), 50, seed=5))
     stock.save_pretrained(tmp_path / "stock")
