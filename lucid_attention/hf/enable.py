@@ -219,7 +219,10 @@ def strengths(model: nn.Module) -> Tensor:
             )
         else:
             with torch.no_grad():
-                value = module().cpu()
+                value = module()
+                if hasattr(value, "full_tensor"):  # FSDP2's DTensor: every process gets all of it
+                    value = value.full_tensor()
+                value = value.cpu()
         rows.append(value.expand(kv_heads_of(layer)))
     return torch.stack(rows)
 

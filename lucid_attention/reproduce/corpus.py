@@ -8,6 +8,8 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+from .experiment import ReproduceError
+
 __all__ = ["corpus_id", "write_corpus"]
 
 _LIBRARIES = ("torch", "transformers", "sympy", "numpy", "networkx", "accelerate")
@@ -22,8 +24,15 @@ def corpus_id(path: Path) -> str:
 def write_corpus(path: Path, *, libraries: bool = False, tiny: bool = False) -> Path:
     """One JSON line for each document, in an order that a hash of their names gives; kept if it is there.
 
-    Some 30 MB, 9 million tokens where Python has its own tests with it; with ``libraries`` some 170 MB, more than any
+    Some 30 MB, 9 million tokens where Python has its own tests with it; with ``libraries`` some 140 MB, more than any
     experiment reads once. The content follows the installation, so `corpus_id` says which it was.
+
+    With ``libraries`` a document is left out when more than half of its lines of 30 characters and more are in those before it:
+    libraries copy from themselves (three quarters of such lines of transformers are in several of its files), and a text that is
+    met once should not come again under another name.
+
+    Raises:
+        ReproduceError: a library that the text is made of is not installed.
     """
     if path.is_file():
         return path
@@ -34,11 +43,15 @@ def write_corpus(path: Path, *, libraries: bool = False, tiny: bool = False) -> 
     names = _sources(standard, without={"site-packages", "dist-packages"})
     for library in _LIBRARIES if libraries else ():
         spec = find_spec(library)
-        for folder in (spec and spec.submodule_search_locations) or ():
+        if spec is None or not spec.submodule_search_locations:
+            raise ReproduceError(
+                f"{library}: is not installed, and its sources are part of the text; pip install {library}"
+            )
+        for folder in spec.submodule_search_locations:
             found = _sources(Path(folder))
             names |= {f"{library}/{name}": file for name, file in found.items()}
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    partial = path.with_suffix(".partial")
+    partial, known = path.with_suffix(".partial"), set[str]()
     with partial.open("w", encoding="utf-8") as out:
         # Without its last fifth, in which the needles are hidden that models are tested with.
         novel = part_of(packaged_novel(), False)
@@ -48,8 +61,13 @@ def write_corpus(path: Path, *, libraries: bool = False, tiny: bool = False) -> 
                 text = names[name].read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
                 continue  # tests of encodings
-            if text.strip() and "\0" not in text:
-                out.write(json.dumps({"text": text}) + "\n")
+            if not text.strip() or "\0" in text:
+                continue
+            lines = {line for line in map(str.strip, text.split("\n")) if len(line) >= 30}
+            if libraries and 2 * len(lines & known) > len(lines):
+                continue
+            known |= lines
+            out.write(json.dumps({"text": text}) + "\n")
     partial.replace(path)
     return path
 

@@ -130,11 +130,16 @@ def text_model(
     folder = place.shared / "models" / name
     with locked(folder):
         kept, about = folder / "run", folder / "facts.json"
-        there = (kept / "model").is_dir() if weights else (kept / "log.csv").is_file()
-        if there and about.is_file():
+        log = _log(kept) if about.is_file() else []
+        there = (
+            bool(log) and log[-1]["step"] == steps and (not weights or (kept / "model").is_dir())
+        )
+        if there:
             tick(steps)
-            log = _log(kept)
         else:
+            about.unlink(
+                missing_ok=True
+            )  # of a log that came without its weights: the training below may be stopped
             log = train_cell(place, config, steps, seed, folder, tick, learning_rate=learning_rate)
             device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
             commit = environment_facts()["commit"]
@@ -168,7 +173,6 @@ def train_cell(
         "bf16": cuda, "use_cpu": not cuda, "torch_compile": cuda, "report_to": "none", "eval_steps": steps if place.tiny else 0.25,
         "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip
-    torch.compiler.reset()  # it keeps a few variants of a layer, and then runs the next one uncompiled
     run = folder / "run"
     quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}
     if (run / "config.yaml").is_file():
@@ -183,6 +187,9 @@ def train_cell(
 
 
 def _log(run: Path) -> Log:
+    """Empty where there is none."""
+    if not (run / "log.csv").is_file():
+        return []
     with (run / "log.csv").open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 

@@ -78,19 +78,20 @@ class LanguageModel(Experiment):
         for setting in dict.fromkeys(_setting(r) for r in rows):
             sides = {a: [r for r in rows if (_setting(r), r["attention"]) == (setting, a)] for a in COLOURS}  # fmt: skip
             label = " | ".join(map(str, setting))
+            last = max(r["step"] for mine in sides.values() for r in mine)
             for attention, mine in sides.items():
                 if not mine:
                     continue
                 texts = [said((r for r in mine if r["step"] == step), "loss") for step in steps]
-                training = said((r for r in mine if r["step"] == steps[-1]), "training_loss")
+                training = said((r for r in mine if r["step"] == last), "training_loss")
                 rate = spread_of(mine, "tokens_per_s")[0]
                 lines.append(f"| {label} | {attention} | {' | '.join(texts)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
             for ours, rival in (("lucid", "softmax"), ("differences", "softmax"), ("lucid", "differences")):  # fmt: skip
                 gaps = [_gap(sides, ours, rival, step, "loss") for step in steps]
-                if not gaps[-1].seeds:
+                if not any(gap.seeds for gap in gaps):
                     continue
-                need = gaps[-1].seeds_to_resolve
-                gaps.append(_gap(sides, ours, rival, steps[-1], "training_loss"))
+                need = _gap(sides, ours, rival, last, "loss").seeds_to_resolve
+                gaps.append(_gap(sides, ours, rival, last, "training_loss"))
                 ratio = spread_of(sides[ours], "tokens_per_s")[0] / spread_of(sides[rival], "tokens_per_s")[0]  # fmt: skip
                 lines.append(f"| {label} | {ours} - {rival} | {' | '.join(g.said() for g in gaps)} | {need:g} | x {ratio:.2f} |")  # fmt: skip
         return "\n".join(lines) + "\n"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
+from lucid_attention.hf import strengths
 from lucid_attention.train import TrainConfig
 
 from .experiment import Cell, Experiment, Row, Workplace
@@ -18,10 +22,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "softmax": {"attention": "softmax"},
     "abrupt": {},
     "schedule": {"strength_steps": 0.6},
-    "learned": {"strength": "learned"},
+    "learned": {"strength": "learned", "strength_learning_rate": 2e-2},
     "half": {"lucid_layers": "half"},
 }
-"""How the training goes on; a schedule's steps are a share of it."""
+"""How the training goes on; a schedule's steps are a share of it. At its rate a learned strength could be 1 as early as the
+scheduled one is."""
 
 
 class Moving(Experiment):
@@ -32,7 +37,7 @@ class Moving(Experiment):
     gpu_minutes = 3.5
     measured = True
     cpu_minutes = None
-    version = 4
+    version = 5
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -69,7 +74,12 @@ class Moving(Experiment):
                 eval_on_start=True, eval_steps=then if place.tiny else 0.125, warmup_steps=0.1,
                 torch_compile=False,  # takes longer than it saves in so few steps
             )  # fmt: skip
-            about = {"seed": seed, "way": way, "corpus": base.facts["corpus"]}
+            about = {
+                "seed": seed,
+                "way": way,
+                "corpus": base.facts["corpus"],
+                **_strength(place.work / way, way),
+            }
             rows.append({**about, "step": -1, "loss": base.loss})
             rows += [
                 {**about, "step": int(entry["step"]), "loss": entry["eval_loss"]}
@@ -84,10 +94,10 @@ class Moving(Experiment):
             "# Moving a softmax model to LUCID",
             "",
             f"Held-out loss, nats a token: before, switched and untrained, and after {last} more steps; mean ± standard deviation over seeds; "
-            f"against softmax that trained on: {COUNTS}.",
+            f"against softmax that trained on: {COUNTS}. Strength: at the end, the mean over KV heads of LUCID layers; its lowest and its highest.",
             "",
-            f"| position | way | before | switched | after {last} | way - softmax |",
-            "|---|---|---|---|---|---|",
+            f"| position | way | before | switched | after {last} | way - softmax | strength |",
+            "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for position in dict.fromkeys(row["position"] for row in rows):
             for way in WAYS:
@@ -96,7 +106,14 @@ class Moving(Experiment):
                 rival = [r for r in rows if (r["position"], r["way"], r["step"]) == (position, "softmax", last)]  # fmt: skip
                 gap = "" if way == "softmax" else paired(stages[2], rival, "loss").said(with_seeds=True)  # fmt: skip
                 losses = " | ".join(said(stage, "loss", 4) for stage in stages)
-                lines.append(f"| {position} | {way} | {losses} | {gap} |")
+                strength = ""
+                if mine and way != "softmax":
+                    low, high = (
+                        min(r["strength_low"] for r in mine),
+                        max(r["strength_high"] for r in mine),
+                    )
+                    strength = f"{said(stages[2], 'strength')} ({low:.3f} to {high:.3f})"
+                lines.append(f"| {position} | {way} | {losses} | {gap} | {strength} |")
         return "\n".join(lines) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
@@ -112,3 +129,11 @@ class Moving(Experiment):
         axes[0].set_ylabel("held-out loss")
         axes[0].legend(frameon=False)
         return as_png(figure)
+
+
+def _strength(folder: Path, way: str) -> dict[str, float]:
+    """Of LUCID at the end: a strength that hardly moved is softmax, whatever its loss."""
+    if way == "softmax":
+        return {"strength": 0.0, "strength_low": 0.0, "strength_high": 0.0}
+    found = strengths(AutoModelForCausalLM.from_pretrained(folder / "run" / "model"))
+    return {"strength": found.mean().item(), "strength_low": found.min().item(), "strength_high": found.max().item()}  # fmt: skip

@@ -118,8 +118,11 @@ class Needles(Experiment):
             mine = [r for r in rows if (r["attention"], r["length"]) == (side, length)]
             if count != "all":
                 return [r for r in mine if r["needles"] == count]
-            seeds = dict.fromkeys(r["seed"] for r in mine)
-            return [{"seed": s, "accuracy": spread_of((r for r in mine if r["seed"] == s), "accuracy")[0]} for s in seeds]  # fmt: skip
+            seeds: dict[int, list[Row]] = {}
+            for row in mine:
+                seeds.setdefault(row["seed"], []).append(row)
+            # A seed that lacks a number of needles has another mean.
+            return [{"seed": s, "accuracy": spread_of(own, "accuracy")[0]} for s, own in seeds.items() if len(own) == len(counts)]  # fmt: skip
 
         for count in (*counts, "all"):
             for side in SIDES:

@@ -37,6 +37,8 @@ class TrainConfig:
         strength: of LUCID, in [0, 1], or "learned" (one parameter a KV head, from 0).
         kernel_scale: of LUCID, above 0; None is the checkpoint's, or one over the root of the head size
             (`lucid_attention.hf.enable`).
+        strength_learning_rate: of a learned strength, which AdamW moves by about so much a step, whatever its gradient: at the rate of
+            other parameters it would hardly leave 0. It follows the schedule of ``learning_rate`` and has no weight decay.
         strength_steps: optimiser steps over which a fixed strength rises from 0; 0: it is there from the start.
         lucid_layers: indices of the layers that are LUCID; None: all.
         position: "rope", or "nope": no position encoding.
@@ -74,6 +76,7 @@ class TrainConfig:
     attention: str = "lucid"
     strength: float | str = 1.0
     kernel_scale: float | None = None
+    strength_learning_rate: float = 1e-2
     strength_steps: int = 0
     lucid_layers: tuple[int, ...] | None = None
     position: str = "rope"
@@ -126,6 +129,9 @@ class TrainConfig:
             raise TrainError(f"lucid_layers: expected a list of layer indices, got {layers!r}")
         if theta is not None and (not _is_number(theta) or not 0 < theta < float("inf")):
             raise TrainError(f"rope_theta: expected a number above 0, got {theta!r}")
+        rate = self.strength_learning_rate
+        if not _is_number(rate) or not 0 < rate < float("inf"):
+            raise TrainError(f"strength_learning_rate: expected a number above 0, got {rate!r}")
         scale = self.kernel_scale
         if scale is not None and (not _is_number(scale) or not 0 < scale < float("inf")):
             raise TrainError(f"kernel_scale: expected a number above 0, got {scale!r}")
@@ -162,10 +168,20 @@ class TrainConfig:
                 raise TrainError(
                     "strength_steps: a learned strength starts at 0 and has no schedule"
                 )
+        elif self.strength_learning_rate != _DEFAULTS["strength_learning_rate"]:
+            raise TrainError(
+                "strength_learning_rate: only a learned strength has one; give strength: learned, or leave it out"
+            )
         elif isinstance(self.strength, bool) or not 0.0 <= self.strength <= 1.0:
             raise TrainError(f"strength: expected a number in [0, 1], got {self.strength!r}")
         if self.attention == "softmax":
-            for name in ("strength", "kernel_scale", "strength_steps", "lucid_layers"):
+            for name in (
+                "strength",
+                "kernel_scale",
+                "strength_learning_rate",
+                "strength_steps",
+                "lucid_layers",
+            ):
                 if getattr(self, name) != _DEFAULTS[name]:
                     raise TrainError(f"{name}: softmax attention has none; leave it out")
         if self.position == "nope" and self.rope_theta is not None:

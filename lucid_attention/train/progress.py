@@ -89,6 +89,7 @@ class ProgressLine(TrainerCallback):
             ("loss", "{:.3f}"),
             ("eval_loss", "{:.3f}"),
             ("eval_accuracy", "{:.3f}"),
+            ("strength", "{:.3f}"),
             ("tokens_per_s", "{:,.0f}"),
             ("mfu", "{:.1%}"),
             ("memory_gib", "{:.1f}"),
@@ -138,7 +139,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-COLUMNS = ("step", "loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_gib")  # fmt: skip
+COLUMNS = ("step", "loss", "eval_loss", "eval_accuracy", "strength", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_gib")  # fmt: skip
 
 
 def write_curves(history: list[dict[str, float]], folder: Path, title: str) -> None:

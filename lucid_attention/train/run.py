@@ -10,9 +10,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
@@ -48,7 +50,7 @@ from .folder import (
     take_back,
     write_whole,
 )
-from .model import build_model, use_fused_layers, use_fused_loss
+from .model import build_model, check_fused_layers, use_fused_layers, use_fused_loss
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
 from .tasks import MemoryRows, NeedleRows
 from .text import documents_of, load_tokenizer
@@ -120,7 +122,8 @@ def train(
     state = PartialState()
     with said_once(state):
         # What is wrong with the settings, before a folder is made.
-        training_arguments(given, Path("unused"), validate=False)
+        asked = training_arguments(given, Path("unused"), validate=False)
+        check_fused_layers(config.fused_layers, compiled=asked.torch_compile)
         config = absolute(config)
         written = as_yaml(config, given)
     made = out is None or not out.exists()
@@ -197,6 +200,7 @@ def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     # Counted here, trained elsewhere: this machine need not have what it takes.
     here = {name: value for name, value in given.items() if name not in ("bf16", "fp16", "tf32")}
     arguments = training_arguments({**here, "use_cpu": True}, Path("unused"), validate=False)
+    check_fused_layers(config.fused_layers, compiled=arguments.torch_compile)
     vocabulary = config.vocabulary
     if config.task == "memory":
         vocabulary = MemoryRows(config.task_options, config.length, seed=0).vocabulary
@@ -285,15 +289,16 @@ class _Run:
         begun = config
         if checkpoint is not None and config.init_from is not None:
             begun = replace(config, init_from=str(checkpoint), rope_theta=None)
+        compiled = self.arguments.torch_compile
+        if compiled:
+            # It keeps a few variants of a layer in a process, and would then run the next one uncompiled.
+            torch.compiler.reset()
+            if config.fused_layers == "auto" and find_spec("liger_kernel") is not None:
+                self.say("fused_layers: none, torch_compile fuses the same")
         with said_once(self.state):
             self.model: Any = build_model(begun, vocabulary, seed=seed, tokenizer=self.tokenizer)
             loss = use_fused_loss(self.model, config.fused_loss, self.arguments.device)
-            use_fused_layers(
-                self.model,
-                config.fused_layers,
-                self.arguments.device,
-                compiled=self.arguments.torch_compile,
-            )
+            use_fused_layers(self.model, config.fused_layers, self.arguments.device, compiled=compiled)  # fmt: skip
         for line in _facts(self.model, config, self.arguments):
             self.say(line)
         # The rows of a task are drawn one by one, so that any order will do.
@@ -339,6 +344,9 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         disable_progress_bar()  # of each file that is written
         trainer.meter = meter
+        learned = self.config.strength == "learned"
+        trainer.strength_moves = learned or bool(self.config.strength_steps)
+        trainer.strength_learning_rate = self.config.strength_learning_rate if learned else None
         start = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             self.say(f"going on from {checkpoint.name}")
@@ -428,8 +436,9 @@ class _Run:
 
 @contextlib.contextmanager
 def _compiled_by_layer() -> Iterator[None]:
-    """What ``torch_compile`` compiles is a layer, once for all layers, and not the model around it: it takes seconds instead of
-    minutes, and leaves liger-kernel's loss alone, which reads a number back. accelerate has no other way to be told.
+    """What ``torch_compile`` compiles is a layer, once for all layers, and each of the other parts by itself, not the model around
+    them: it takes seconds instead of minutes, and leaves liger-kernel's loss alone, which reads a number back. accelerate's
+    plugin has an argument for it, which transformers' Trainer does not pass on; so accelerate is told by its variable.
     """
     name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
     before = os.environ.get(name)

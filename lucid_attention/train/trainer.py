@@ -1,4 +1,4 @@
-"""Transformers' Trainer, with tokens a second in its logs; what it does with rows and with answers."""
+"""Transformers' Trainer, with tokens a second in its logs and a rate for learned strengths; what it does with rows and with answers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,44 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from lucid_attention.hf import strengths
+from lucid_attention.hf.strength import LearnedStrength
+
 from .progress import Meter
 
 __all__ = ["MeteredTrainer", "accuracy", "likeliest", "stack"]
 
 
 class MeteredTrainer(Trainer):
-    """The Trainer, with tokens a second in its logs."""
+    """The Trainer, with tokens a second in its logs.
+
+    Attributes:
+        strength_moves: whether the logs have the mean strength too.
+        strength_learning_rate: of learned strengths; None: there are none.
+    """
 
     meter: Meter
+    strength_moves: bool = False
+    strength_learning_rate: float | None = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state.global_step, self.args.device))
+            if self.strength_moves:
+                logs["strength"] = strengths(self.model).mean().item()
         super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """With the learned strengths in a group of their own, after the others: the first group's rate is the one that is logged."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.strength_learning_rate is not None and made:
+            named = (self.model if model is None else model).named_parameters()
+            own = {id(p): p for name, p in named if name.endswith(LearnedStrength.PARAMETER) and p.requires_grad}  # fmt: skip
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({"params": list(own.values()), "lr": self.strength_learning_rate, "weight_decay": 0.0})  # fmt: skip
+        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.meter.step is None:

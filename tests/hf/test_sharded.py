@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lucid_attention.hf import enable
+from lucid_attention.hf import enable, strengths
 
 RANKS = 2
 
@@ -59,7 +59,9 @@ def worker(rank: int, directory: str) -> None:
     results = [gradients(model, mine)]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     results.append(gradients(model, mine))
+    everywhere = strengths(model)
     if rank == 0:
+        torch.save(everywhere, f"{directory}/strengths.pt")
         torch.save(results, f"{directory}/gradients.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -73,6 +75,7 @@ def test_fully_sharded_gradients_equal_one_process(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=RANKS)
     model, ids = model_and_batch()
     expected = gradients(model, ids)
+    assert torch.equal(torch.load(tmp_path / "strengths.pt"), strengths(model))
     for sharded in torch.load(tmp_path / "gradients.pt"):
         assert sharded.keys() == expected.keys()
         assert any("lucid" in name for name in sharded)

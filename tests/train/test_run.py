@@ -220,6 +220,33 @@ def test_strength_rises_and_is_saved(novel: Path, tmp_path: Path) -> None:
     assert len(names) == 2
 
 
+def test_a_learned_strength_has_a_rate_of_its_own(novel: Path, tmp_path: Path) -> None:
+    """AdamW moves it by about its rate a step, which the log shows; it goes on bit for bit; other weights do not care."""
+    found, rest = {}, {}
+    for rate in (1e-4, 5e-2):
+        asked = config(novel, strength="learned", strength_learning_rate=rate)
+        outcome = run(asked, tmp_path / f"{rate}", lr_scheduler_type="constant", warmup_steps=0, max_steps=2)  # fmt: skip
+        rest[rate] = weights(outcome.folder / "checkpoint-2")["lm_head.weight"]
+        outcome = continue_training(outcome.folder, ["max_steps=4"], say=lambda line: None, quiet=True)  # fmt: skip
+        found[rate] = strengths(AutoModelForCausalLM.from_pretrained(outcome.model))
+        rows = list(csv.DictReader((outcome.folder / "log.csv").open()))
+        shown = [float(row["strength"]) for row in rows if row["loss"]]
+        assert shown[-1] == pytest.approx(found[rate].mean().item(), abs=1e-6)
+        assert 0 < shown[0] < shown[-1] <= 4 * rate * 1.01
+        state = torch.load(outcome.folder / "checkpoint-4" / "optimizer.pt")["param_groups"]
+        assert [group["lr"] for group in state] == [3e-3, 3e-3, rate]
+        assert [group["weight_decay"] for group in state] == [0.1, 0.0, 0.0]
+        assert len(state[2]["params"]) == 2
+    assert found[5e-2].max() > 100 * found[1e-4].max() > 0
+    whole = run(config(novel, strength="learned", strength_learning_rate=5e-2), tmp_path / "whole", lr_scheduler_type="constant", warmup_steps=0, max_steps=4)  # fmt: skip
+    assert torch.equal(strengths(AutoModelForCausalLM.from_pretrained(whole.model)), found[5e-2])
+    torch.testing.assert_close(rest[1e-4], rest[5e-2], rtol=0, atol=1e-3)
+    with pytest.raises(TrainError, match="strength_learning_rate: only a learned strength has one"):
+        config(novel, strength_learning_rate=1e-3)
+    with pytest.raises(TrainError, match="strength_learning_rate: expected a number above 0, got 0"):  # fmt: skip
+        config(novel, strength="learned", strength_learning_rate=0)
+
+
 def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Layer by layer, a rising strength compiled once; stopped and gone on with; the next training is not compiled."""
     name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
@@ -237,11 +264,21 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
         assert os.environ[name] == "false"
     for key, weight in found[0].items():
         torch.testing.assert_close(found[1][key], weight, rtol=1e-4, atol=1e-5)
-    compiled = graphs["unique_graphs"]
+    assert 1 < graphs["unique_graphs"] < 12
+    torch.compiler.reset()
+    graphs.clear()
     run(settings, tmp_path / "next")
-    assert 1 < compiled == graphs["unique_graphs"] < 12
-    with pytest.raises(TrainError, match=r"fused_layers: .*none with torch_compile"):
-        run(config(novel, fused_layers="liger"), tmp_path / "refused", torch_compile=True)
+    assert graphs["unique_graphs"] == 0
+
+
+def test_fused_layers_are_not_compiled(novel: Path, tmp_path: Path) -> None:
+    """Neither trained nor counted."""
+    asked = config(novel, fused_layers="liger")
+    with pytest.raises(TrainError, match=r"fused_layers: expected auto or none .*, got liger"):
+        run(asked, tmp_path / "refused", torch_compile=True)
+    with pytest.raises(TrainError, match=r"fused_layers: .*take fused_layers: none"):
+        describe(asked, {"torch_compile_backend": "aot_eager"})
+    assert not (tmp_path / "refused").exists() and describe(asked, {})
 
 
 def test_a_checkpoint_is_moved_to_lucid(novel: Path, tmp_path: Path) -> None:
