@@ -62,6 +62,26 @@ __all__ = ["Outcome", "continue_training", "describe", "train"]
 Say = Callable[[str], None]
 
 
+@contextlib.contextmanager
+def _precision_kept() -> Iterator[None]:
+    """TrainingArguments with ``torch_compile`` or ``tf32`` let float32 products be TensorFloat-32, in the whole process and for good;
+    what is computed after a training is as precise as it was before.
+    """
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9 on
+        before = torch.backends.fp32_precision
+        try:
+            yield
+        finally:
+            torch.backends.fp32_precision = before
+    else:
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        allowed = matmul.allow_tf32, cudnn.allow_tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = allowed
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a training ended.
@@ -81,6 +101,7 @@ class Outcome:
     loss: float
 
 
+@_precision_kept()
 def train(
     config: TrainConfig,
     arguments: dict[str, Any] | None = None,
@@ -142,6 +163,7 @@ def train(
     return run(None)
 
 
+@_precision_kept()
 def continue_training(
     folder: Path,
     changes: Iterable[str] = (),
@@ -191,6 +213,7 @@ def continue_training(
     return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
 
 
+@_precision_kept()
 def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """What would be trained, without data or weights: parameters, flops, tokens.
 

@@ -44,12 +44,13 @@ def test_a_training_in_bfloat16(tmp_path: Path) -> None:
 def test_compiled_layers_learn_the_same(attention: str, tmp_path: Path) -> None:
     """With fused layers, compiled ones and neither; never with both."""
     model = build_model(TrainConfig(text="x", layers=1, width=64, attention=attention), 100, seed=0)  # fmt: skip
-    cuda = torch.device("cuda")
+    cuda, precision = torch.device("cuda"), torch.backends.fp32_precision
     assert use_fused_layers(model, "auto", cuda, compiled=True) == "none" and "Liger" not in repr(model)  # fmt: skip
     assert use_fused_layers(model, "auto", cuda) == "liger"
     plain = losses(tmp_path, "plain", {}, attention=attention, fused_layers="none")
     fused = losses(tmp_path, "fused", {}, attention=attention)
     compiled = losses(tmp_path, "compiled", {"torch_compile": True}, attention=attention)
+    assert torch.backends.fp32_precision == precision
     for other in (fused, compiled):
         assert max(abs(a - b) for a, b in zip(plain, other, strict=True)) < 0.02
 

@@ -271,6 +271,31 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
     assert graphs["unique_graphs"] == 0
 
 
+def test_precision_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """On a GPU TrainingArguments with ``torch_compile`` turn TensorFloat-32 on, in the whole process."""
+    from lucid_attention.train import run as module
+
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch below 2.9 has other switches")
+    real, seen = module.training_arguments, []
+
+    def turns_it_on(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return real(*args, **kwargs)
+
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(module, "training_arguments", turns_it_on)
+    outcome = run(config(novel), tmp_path / "run", max_steps=1)
+    assert (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    continue_training(outcome.folder, ["max_steps=2"], say=lambda line: None, quiet=True)
+    describe(config(novel), {})
+    with pytest.raises(TrainError):
+        run(config(novel, text="nowhere"), tmp_path / "none")
+    assert (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    assert set(seen) == {"tf32"}
+
+
 def test_fused_layers_are_not_compiled(novel: Path, tmp_path: Path) -> None:
     """Neither trained nor counted."""
     asked = config(novel, fused_layers="liger")
