@@ -334,6 +334,11 @@ def build_app() -> typer.Typer:
         ),
         seeds: int = typer.Option(3, "--seeds", help="1 to so many, the same for both attentions."),
         tiny: bool = typer.Option(False, "--tiny", help="Check the machinery, not the claim."),
+        only: str | None = typer.Option(
+            None,
+            "--only",
+            help="Run such cells alone: position=rope,head_dim=64. The tables are of all that are finished.",
+        ),
         minutes: float | None = typer.Option(
             None, "--minutes", help="Begin no cell after so long; the same command goes on."
         ),
@@ -345,7 +350,8 @@ def build_app() -> typer.Typer:
 
         Written to the folder: cells/ (what is finished; the same command with the same --out goes on), results.csv,
         summary.md (means, deviations, paired differences with their standard errors) and plot.png. Several processes with the
-        same --out (one for each GPU: CUDA_VISIBLE_DEVICES) share the cells among them.
+        same --out (one for each GPU: CUDA_VISIBLE_DEVICES) share the cells among them. Where every seed is a cell of its own (all but
+        memory and two-phase), more --seeds go on with what fewer have left.
 
         Exit codes: 0 done, 2 bad input.
         """
@@ -365,7 +371,7 @@ def build_app() -> typer.Typer:
             if name is None or name not in EXPERIMENTS:
                 raise ReproduceError(f"expected one of {', '.join(EXPERIMENTS)}, got {name}")
             folder = reproduce(
-                EXPERIMENTS[name], out=out, seeds=seeds, device=device, tiny=tiny, shared=shared,
+                EXPERIMENTS[name], out=out, seeds=seeds, device=device, tiny=tiny, shared=shared, only=only,
                 most_seconds=None if minutes is None else 60 * minutes,
             )  # fmt: skip
         except (ReproduceError, FolderError) as error:

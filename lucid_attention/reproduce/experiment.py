@@ -113,6 +113,7 @@ def reproduce(
     device: str | None = None,
     tiny: bool = False,
     shared: Path | None = None,
+    only: str | None = None,
     most_seconds: float | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     quiet: bool = False,
@@ -125,12 +126,14 @@ def reproduce(
 
     Args:
         experiment: from `EXPERIMENTS`.
-        out: the folder: new, empty, or of this experiment with the same seeds and size; None makes ``results/NAME-...``.
+        out: the folder: new, empty, or of this experiment with the same size and seeds, or, where a seed is a cell, fewer seeds;
+            None makes ``results/NAME-...``.
         seeds: 1 to ``seeds``.
         device: None takes a CUDA device where there is one.
         tiny: a size that checks the machinery, not the claim.
         shared: a folder that keeps the corpus and the models trained on it, for other experiments too; None keeps them until
             this one is finished.
+        only: run such cells alone, ``"position=rope,head_dim=64"``; the tables are of all that are finished.
         most_seconds: no cell is begun after so long.
         say, quiet: lines for the user; no progress bar.
 
@@ -138,7 +141,7 @@ def reproduce(
         The folder.
 
     Raises:
-        ReproduceError: fewer than one seed, or a folder of another run.
+        ReproduceError: fewer than one seed, no cell that ``only`` describes, or a folder of another run.
         FolderError: a folder that holds something else.
     """
     if seeds < 1:
@@ -146,13 +149,14 @@ def reproduce(
     size = "tiny" if tiny else "full"
     place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
-    folder = _folder(out, experiment, identity)
     cells = experiment.cells(tiny)
     if experiment.per_seed:
         cells = [{**cell, "seed": seed} for seed in range(1, seeds + 1) for cell in cells]
-    waiting = [cell for cell in cells if not _file(folder, cell).is_file()]
-    if len(waiting) < len(cells):
-        say(f"{len(cells) - len(waiting)} of {len(cells)} cells are there already")
+    asked = cells if only is None else _chosen(cells, only)
+    folder = _folder(out, experiment, identity)
+    waiting = [cell for cell in asked if not _file(folder, cell).is_file()]
+    if len(waiting) < len(asked):
+        say(f"{len(asked) - len(waiting)} of {len(asked)} cells are there already")
     began = time.monotonic()
     total = sum(experiment.steps(cell, tiny) for cell in waiting)
     busy = 0
@@ -188,6 +192,24 @@ def reproduce(
     if all(_file(folder, cell).is_file() for cell in cells):
         shutil.rmtree(folder.path / "work", ignore_errors=True)
     return folder.path
+
+
+def _chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
+    """The cells with these values; what a cell does not say is empty."""
+    found = list(cells)
+    for part in only.split(","):
+        name, equals, value = (text.strip() for text in part.partition("="))
+        if not equals:
+            raise ReproduceError(f"--only {part}: expected NAME=VALUE,NAME=VALUE")
+        if not any(name in cell for cell in cells):
+            known = ", ".join(dict.fromkeys(name for cell in cells for name in cell))
+            raise ReproduceError(f"--only {name}: no cell has it, but {known}")
+        left = [cell for cell in found if str(cell.get(name, "")) == value]
+        if not left:
+            there = ", ".join(dict.fromkeys(str(cell.get(name, "")) for cell in found))
+            raise ReproduceError(f"--only {part}: no such cell, {name} is one of {there}")
+        found = left
+    return found
 
 
 def _run(experiment: Experiment, cell: Cell, seeds: Sequence[int], place: Workplace, folder: ResultsFolder, tick: Callable[[int], None]) -> None:  # fmt: skip
@@ -247,7 +269,9 @@ def _made(out: Path | None, experiment: Experiment, identity: dict[str, Any]) ->
     marker = None if out is None else out / "experiment.json"
     if marker is not None and marker.is_file():
         found = json.loads(marker.read_text())
-        if found != identity:
+        if experiment.per_seed and found == {**identity, "seeds": found["seeds"]} and found["seeds"] < identity["seeds"]:  # fmt: skip
+            ResultsFolder(marker.parent).write_json(marker.name, identity)
+        elif found != identity:
             raise ReproduceError(
                 f"--out {out}: holds {_said(found)}, not {_said(identity)}; name another folder"
             )

@@ -307,6 +307,33 @@ def test_processes_share_the_cells(tmp_path: Path) -> None:
     assert (out / "results.csv").read_text() == (run("memory", tmp_path / "whole") / "results.csv").read_text()  # fmt: skip
 
 
+def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
+    """A folder of fewer seeds is gone on with; ``only`` runs what it says, and the tables have the rest too."""
+    out, shared = tmp_path / "out", tmp_path / "shared"
+    run("language-model", out, seeds=1, shared=shared, only="text=libraries,attention=lucid")
+    cells = [json.loads(file.read_text())["cell"] for file in (out / "cells").glob("*.json")]
+    assert [(c["text"], c["attention"], c["seed"]) for c in cells] == [("libraries", "lucid", 1)]
+    run("language-model", out, seeds=1, shared=shared, only="text=libraries, attention=softmax")
+    before = {file: file.stat().st_mtime_ns for file in (out / "cells").glob("*.json")}
+    run("language-model", out, seeds=2, shared=shared, only="text=libraries,seed=2")
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert {(r["attention"], r["seed"]) for r in rows} == {("softmax", "1"), ("softmax", "2"), ("lucid", "1"), ("lucid", "2"), ("differences", "2")}  # fmt: skip
+    with pytest.raises(ReproduceError, match=r"version 3, 2 seeds\), not tiny language-model \(version 3, 1 seeds"):  # fmt: skip
+        run("language-model", out, seeds=1)
+    run("memory", tmp_path / "memory", seeds=1, most_seconds=-1.0)
+    with pytest.raises(ReproduceError, match="holds tiny memory"):  # its seeds are in one cell
+        run("memory", tmp_path / "memory", seeds=2)
+    for only, message in (
+        ("position", "--only position: expected NAME=VALUE"),
+        ("colour=red", "--only colour: no cell has it, but attention, position, head_dim, seed, text"),
+        ("text=,attention=differences", "--only attention=differences: no such cell, attention is one of softmax, lucid"),
+    ):  # fmt: skip
+        with pytest.raises(ReproduceError, match=message):
+            run("language-model", tmp_path / "none", only=only)
+    assert not (tmp_path / "none").exists()
+
+
 def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
     folder = run("memory", tmp_path / "out", most_seconds=-1.0)
     assert (folder / "work").exists() or not list((folder / "cells").iterdir())
@@ -364,6 +391,8 @@ def test_the_command(tmp_path: Path) -> None:
 
     code, text = lucid("--list")
     assert code == 0 and all(name in text for name in EXPERIMENTS) and "min on a GPU" in text
+    code, text = lucid("memory", "--tiny", "--seeds", "2", "--device", "cpu", "--only", "attention=lucid", "--out", str(tmp_path / "out"))  # fmt: skip
+    assert code == 0 and "LUCID - softmax | |" not in text and len(list((tmp_path / "out" / "cells").iterdir())) == 1  # fmt: skip
     code, text = lucid("memory", "--tiny", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path / "out"))  # fmt: skip
     assert code == 0 and "# Updatable memory" in text
     assert lucid("nothing")[0] == lucid()[0] == 2
