@@ -113,7 +113,7 @@ def resolve_softcap(softcap: float | None) -> float:
         return 0.0
     if isinstance(softcap, bool) or not isinstance(softcap, numbers.Real):
         raise TypeError(f"softcap must be a positive float or None, got {kind(softcap)}.")
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0 < softcap < math.inf:  # comparisons alone: compiled, it may be a symbol
         raise ValueError(f"softcap must be a positive float or None, got {softcap}.")
     return float(softcap)
 

@@ -87,7 +87,8 @@ def resolve_scale(name: str, scale: float | None, head_dim: int, *, positive: bo
             f"{name} must be a Python float or None (1/sqrt(head_dim)), got {kind(scale)}. "
             f"Convert a one-element tensor with float(...)."
         )
-    if not math.isfinite(scale):
+    # Not by math.isfinite: in a compiled function that met two scales it is a symbol, which can only be compared.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{name} must be finite, got {scale}.")
     if positive and scale <= 0:
         raise ValueError(

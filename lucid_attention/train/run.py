@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -63,23 +64,41 @@ Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def _precision_kept() -> Iterator[None]:
-    """TrainingArguments with ``torch_compile`` or ``tf32`` let float32 products be TensorFloat-32, in the whole process and for good;
-    what is computed after a training is as precise as it was before.
+def _process_kept() -> Iterator[None]:
+    """TrainingArguments with ``torch_compile`` or ``tf32``, and accelerate, let float32 products be TensorFloat-32 and leave environment
+    variables that make later Accelerators compile, in the whole process and for good. After a training both are what they were.
     """
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9 on
-        before = torch.backends.fp32_precision
-        try:
-            yield
-        finally:
-            torch.backends.fp32_precision = before
-    else:
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        allowed = matmul.allow_tf32, cudnn.allow_tf32
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = allowed
+    names: tuple[str, ...] = ("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision")  # fmt: skip
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        names = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
+    places = [(operator.attrgetter(path)(torch.backends) if path else torch.backends, name)
+              for path, _, name in (name.rpartition(".") for name in names)]  # fmt: skip
+    before = [getattr(place, name) for place, name in places]
+    legacy = _matmul_precision()
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_DYNAMO)}
+    try:
+        yield
+    finally:
+        if legacy is not None and _matmul_precision() != legacy:
+            torch.set_float32_matmul_precision(legacy)
+        # Those that others inherit from come first.
+        for (place, name), value in zip(places, before, strict=True):
+            if getattr(place, name) != value:
+                setattr(place, name, value)
+        for name in [name for name in os.environ if name.startswith(_DYNAMO)]:
+            del os.environ[name]
+        os.environ.update(variables)
+
+
+_DYNAMO = "ACCELERATE_DYNAMO_"
+
+
+def _matmul_precision() -> str | None:
+    """By torch's older switch, which cannot be read while it and the newer ones disagree."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class Outcome:
     loss: float
 
 
-@_precision_kept()
+@_process_kept()
 def train(
     config: TrainConfig,
     arguments: dict[str, Any] | None = None,
@@ -163,7 +182,7 @@ def train(
     return run(None)
 
 
-@_precision_kept()
+@_process_kept()
 def continue_training(
     folder: Path,
     changes: Iterable[str] = (),
@@ -213,7 +232,7 @@ def continue_training(
     return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
 
 
-@_precision_kept()
+@_process_kept()
 def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """What would be trained, without data or weights: parameters, flops, tokens.
 

@@ -55,6 +55,24 @@ def test_compiled_in_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["scale", "kernel_scale", "softcap", "strength"])
+def test_compiled_with_several_numbers(name: str) -> None:
+    """A second value makes the number a symbol."""
+    case = Case((9, 5), capacity=16, dtype=torch.float32, y_dtype=torch.float32)
+
+    def call(number: float, *args: torch.Tensor) -> torch.Tensor:
+        return lucid_attention_with_kvcache(*args, impl="blocked", **{name: number}) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for number in (0.3, 0.6, 0.9):
+        got, expected = (
+            f(number, x.query, x.key, x.value, x.key_cache, x.y_cache, x.lengths)
+            for f, x in ((compiled, Step(case)), (call, Step(case)))
+        )
+        assert torch.equal(got, expected)
+
+
 def test_autocast_casts_as_sdpa_does() -> None:
     case = Case((40,), dtype=torch.bfloat16, y_dtype=torch.float32)
     step, twin = Step(case), Step(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -132,6 +133,33 @@ def test_compile_gradients(padded: bool) -> None:
     got = torch.autograd.grad(compiled(*operands), operands)
     for g, e in zip(got, expected, strict=True):
         assert relative_error(g, e) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["scale", "kernel_scale", "strength"])
+def test_compile_meets_several_numbers(name: str) -> None:
+    """At the second one a number becomes a symbol, in one graph all the same: two models of one process are enough."""
+    query, (key, value, _) = torch.randn(2, 4, 20, 6), samples(torch.float32)
+    operands = [query.requires_grad_(), key, value]
+
+    def function(number: float, *operands: Tensor) -> Tensor:
+        return lucid_attention(*operands, **{name: number}).square().sum()
+
+    def alone(number: float, *operands: Tensor) -> Tensor:
+        number = {} if name == "scale" else {name: number}
+        return precondition(*operands[1:], **number).square().sum()
+
+    for called, used in ((function, operands), (alone, operands[1:])):
+        torch.compiler.reset()
+        compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+        for number in (0.3, 0.6, 0.9):
+            got = torch.autograd.grad(compiled(number, *operands), used)
+            expected = torch.autograd.grad(called(number, *operands), used)
+            for g, e in zip(got, expected, strict=True):
+                assert relative_error(g, e) < 1e-5
+    with pytest.raises(ValueError, match="kernel_scale must be finite, got inf"):
+        precondition(key, value, kernel_scale=math.inf)
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        lucid_attention(query, key, value, scale=math.nan)
 
 
 def test_compile_packed_and_past_and_autocast() -> None:

@@ -271,29 +271,55 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
     assert graphs["unique_graphs"] == 0
 
 
-def test_precision_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """On a GPU TrainingArguments with ``torch_compile`` turn TensorFloat-32 on, in the whole process."""
+def test_the_process_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """TrainingArguments with ``torch_compile`` turn TensorFloat-32 on where there is a GPU, accelerate the older switch, and both speak to
+    later Accelerators through the environment.
+    """
     from lucid_attention.train import run as module
 
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch below 2.9 has other switches")
     real, seen = module.training_arguments, []
+    backends = torch.backends
 
     def turns_it_on(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        how = len(seen) % 3
+        if how == 0:
+            backends.cuda.matmul.allow_tf32 = True
+        elif how == 1:
+            backends.fp32_precision = "tf32"
+        else:
+            backends.cuda.matmul.fp32_precision = "tf32"
+        seen.append(backends.cuda.matmul.fp32_precision)
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
+        os.environ["ACCELERATE_DYNAMO_MODE"] = "default"
         return real(*args, **kwargs)
 
-    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    def state() -> list[Any]:
+        switches = (
+            backends,
+            backends.cuda.matmul,
+            backends.cudnn,
+            backends.cudnn.conv,
+            backends.cudnn.rnn,
+        )
+        found: list[Any] = [switch.fp32_precision for switch in switches]
+        variables = sorted(item for item in os.environ.items() if item[0].startswith("ACCELERATE"))
+        return [*found, torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, variables]  # fmt: skip
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "mine")
+    before = state()
     monkeypatch.setattr(module, "training_arguments", turns_it_on)
     outcome = run(config(novel), tmp_path / "run", max_steps=1)
-    assert (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+    assert state() == before
     continue_training(outcome.folder, ["max_steps=2"], say=lambda line: None, quiet=True)
+    assert state() == before
     describe(config(novel), {})
+    assert state() == before
     with pytest.raises(TrainError):
         run(config(novel, text="nowhere"), tmp_path / "none")
-    assert (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
-    assert set(seen) == {"tf32"}
+    assert state() == before
+    assert set(seen) == {"tf32"} and len(seen) > 5
 
 
 def test_fused_layers_are_not_compiled(novel: Path, tmp_path: Path) -> None:
