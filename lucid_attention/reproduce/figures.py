@@ -8,7 +8,7 @@ from typing import Any
 
 from .experiment import Row
 
-__all__ = ["COLOURS", "as_png", "panels", "seed_lines"]
+__all__ = ["COLOURS", "as_png", "legend", "panels", "seed_lines"]
 
 COLOURS = {"softmax": "#56b4e9", "lucid": "#d55e00", "differences": "#009e73"}
 
@@ -39,6 +39,12 @@ def seed_lines(
         curves.setdefault(row["seed"], []).append((row[x], row[y]))
     for number, curve in enumerate(curves.values()):
         axis.plot(*zip(*sorted(curve), strict=True), style, lw=1, label=None if number else label, **options)  # fmt: skip
+
+
+def legend(axes: list[Any], **options: Any) -> None:
+    """In the first panel, of what any of them shows."""
+    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    axes[0].legend(found.values(), found.keys(), frameon=False, **options)
 
 
 def as_png(figure: Any) -> bytes:

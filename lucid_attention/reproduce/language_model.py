@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from .experiment import Cell, Experiment, Row, Workplace
-from .figures import COLOURS, as_png, panels, seed_lines
+from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .language import DIFFERENCES, TextModel, text_model, text_steps
 from .statistics import COUNTS, Paired, paired, said, spread_of
 
@@ -19,7 +19,8 @@ class LanguageModel(Experiment):
 
     name = "language-model"
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
-    gpu_minutes = 14.0
+    gpu_minutes = 17.0
+    measured = True
     cpu_minutes = None
     version = 3
     per_seed = True
@@ -107,7 +108,7 @@ class LanguageModel(Experiment):
             text, position, head_dim = setting
             axis.set(title=f"{text}: {position}, heads of {head_dim}", xlabel="step")
         axes[0].set_ylabel("held-out loss")
-        axes[0].legend(frameon=False)
+        legend(axes)
         return as_png(figure)
 
 

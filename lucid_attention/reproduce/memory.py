@@ -15,7 +15,7 @@ from lucid_attention.tasks import updatable_memory
 from lucid_attention.tasks.updatable_memory import IGNORED
 
 from .experiment import Cell, Experiment, Row, Workplace
-from .figures import COLOURS, as_png, panels, seed_lines
+from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .replicas import Replayed, Replicas, clip_each
 from .statistics import COUNTS, paired, said
 
@@ -29,7 +29,8 @@ class Memory(Experiment):
 
     name = "memory"
     claim = "an updatable memory is kept at lengths far beyond training, softmax's is not"
-    gpu_minutes = 14.0
+    gpu_minutes = 24.0
+    measured = True
     cpu_minutes = None
     version = 3
 
@@ -173,7 +174,7 @@ class Memory(Experiment):
             axis.set_title(f"{position}, {keys} keys, D {head_dim}, {depth} layer{'s' if depth > 1 else ''}" + (f", cosine {cosine:g}" if cosine else "") + (", head norm" if head_norm else ""), fontsize=8)  # fmt: skip
             axis.set_xscale("log", base=2)
             axis.set_ylim(-0.03, 1.03)
-        axes[0].legend(frameon=False, fontsize=8)
+        legend(axes, fontsize=8)
         figure.supxlabel("length (the first is the training's)")
         figure.supylabel("accuracy")
         return as_png(figure)

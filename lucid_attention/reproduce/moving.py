@@ -12,7 +12,7 @@ from lucid_attention.hf import strengths
 from lucid_attention.train import TrainConfig
 
 from .experiment import Cell, Experiment, Row, Workplace
-from .figures import as_png, panels, seed_lines
+from .figures import as_png, legend, panels, seed_lines
 from .language import settings, text_model, text_steps, train_cell
 from .statistics import COUNTS, paired, said
 
@@ -127,7 +127,7 @@ class Moving(Experiment):
                 seed_lines(axis, mine, "step", "loss", label=way, color=colour, marker="o", ms=3)
             axis.set(title=position, xlabel="steps after the switch")
         axes[0].set_ylabel("held-out loss")
-        axes[0].legend(frameon=False)
+        legend(axes)
         return as_png(figure)
 
 

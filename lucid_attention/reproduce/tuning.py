@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from .experiment import Cell, Experiment, Row, Workplace
-from .figures import COLOURS, as_png, panels, seed_lines
+from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .language import LEARNING_RATE, text_model, text_steps
 from .statistics import paired, said, spread_of
 
@@ -84,5 +84,5 @@ class Tuning(Experiment):
             axis.set_xscale("log", base=2)
             axis.set(title=position, xlabel="learning rate")
         axes[0].set_ylabel("held-out loss")
-        axes[0].legend(frameon=False)
+        legend(axes)
         return as_png(figure)

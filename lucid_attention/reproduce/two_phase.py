@@ -11,7 +11,7 @@ from torch import Tensor
 from lucid_attention.tasks import two_phase
 
 from .experiment import Cell, Experiment, Row, Workplace
-from .figures import COLOURS, as_png, panels, seed_lines
+from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .replicas import Replayed, Replicas
 from .statistics import COUNTS, paired, said
 
@@ -30,8 +30,8 @@ class TwoPhase(Experiment):
 
     name = "two-phase"
     claim = "after learning to copy, LUCID learns the running mean and softmax does not (paper: 0 against 1.2 to 1.3)"
-    gpu_minutes = 11.0
-    cpu_minutes = 320.0
+    gpu_minutes = 13.0
+    cpu_minutes = 480.0
     version = 2
 
     length, batch = 10, 64
@@ -158,7 +158,7 @@ class TwoPhase(Experiment):
             if metric == "mse":
                 axis.set_yscale("log")
         figure.supxlabel("step (dotted: from copying to the mean)", fontsize=9)
-        axes[0].legend(frameon=False)
+        legend(axes)
         return as_png(figure)
 
 
