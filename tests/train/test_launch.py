@@ -66,14 +66,16 @@ def test_accelerate_reads_the_fsdp_recipe() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", "torch_compile=true torch_compile_backend=aot_eager", "strength=learned"])  # fmt: skip
+def test_two_processes_train_what_one_does(more: str, tmp_path: Path) -> None:
     """Two rows in each of two processes are one batch of four."""
+    changes = [argument for change in more.split() for argument in ("--set", change)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # accelerate launch starts one process on a machine without GPUs; torchrun starts two anywhere.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # fmt: skip
     found = {}
     for name, before, batch in (("two", [*launch, "-m"], 2), ("one", [sys.executable, "-m"], 4)):
-        command = [*before, "lucid_attention", "train", str(written(tmp_path, batch)), "--out", str(tmp_path / name)]  # fmt: skip
+        command = [*before, "lucid_attention", "train", str(written(tmp_path, batch)), "--out", str(tmp_path / name), *changes]  # fmt: skip
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("flops a token") == 1
