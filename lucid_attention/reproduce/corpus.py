@@ -10,7 +10,10 @@ from pathlib import Path
 
 from .experiment import ReproduceError
 
-__all__ = ["corpus_id", "write_corpus"]
+__all__ = ["CORPORA", "corpus_id", "write_corpus"]
+
+CORPORA = {"stdlib": "stdlib", "libraries": "libraries-2"}
+"""Names of texts, and of their folders, which change with what `write_corpus` takes."""
 
 _LIBRARIES = ("torch", "transformers", "sympy", "numpy", "networkx", "accelerate")
 """What a training needs, and what that needs: they are installed wherever one is run."""
@@ -63,10 +66,11 @@ def write_corpus(path: Path, *, libraries: bool = False, tiny: bool = False) -> 
                 continue  # tests of encodings
             if not text.strip() or "\0" in text:
                 continue
-            lines = {line for line in map(str.strip, text.split("\n")) if len(line) >= 30}
-            if libraries and 2 * len(lines & known) > len(lines):
-                continue
-            known |= lines
+            if libraries:
+                lines = {line for line in map(str.strip, text.split("\n")) if len(line) >= 30}
+                if 2 * len(lines & known) > len(lines):
+                    continue
+                known |= lines
             out.write(json.dumps({"text": text}) + "\n")
     partial.replace(path)
     return path

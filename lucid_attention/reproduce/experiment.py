@@ -151,7 +151,7 @@ def reproduce(
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
     cells = experiment.cells(tiny)
     if experiment.per_seed:
-        cells = [{**cell, "seed": seed} for seed in range(1, seeds + 1) for cell in cells]
+        cells = _seeded(cells, seeds)
     asked = cells if only is None else _chosen(cells, only)
     folder = _folder(out, experiment, identity)
     waiting = [cell for cell in asked if not _file(folder, cell).is_file()]
@@ -183,15 +183,16 @@ def reproduce(
                 _run(experiment, cell, own, place, folder, bar.update)
             finally:
                 lock.release()
-            with FileLock(_lock(folder, "tables")):
-                _write(folder, experiment, cells)
+            _write(folder, experiment, tiny)
     if busy:
         say(f"{busy} cells are another process's; its end writes what both have found")
-    with FileLock(_lock(folder, "tables")):
-        _write(folder, experiment, cells)
-    if all(_file(folder, cell).is_file() for cell in cells):
+    if _write(folder, experiment, tiny):
         shutil.rmtree(folder.path / "work", ignore_errors=True)
     return folder.path
+
+
+def _seeded(cells: Sequence[Cell], seeds: int) -> list[Cell]:
+    return [{**cell, "seed": seed} for seed in range(1, seeds + 1) for cell in cells]
 
 
 def _chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
@@ -206,7 +207,7 @@ def _chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
             raise ReproduceError(f"--only {name}: no cell has it, but {known}")
         left = [cell for cell in found if str(cell.get(name, "")) == value]
         if not left:
-            there = ", ".join(dict.fromkeys(str(cell.get(name, "")) for cell in found))
+            there = ", ".join(dict.fromkeys(str(cell.get(name, "(empty)")) for cell in found))
             raise ReproduceError(f"--only {part}: no such cell, {name} is one of {there}")
         found = left
     return found
@@ -233,15 +234,23 @@ def _lock(folder: ResultsFolder, name: str) -> Path:
     return path
 
 
-def _write(folder: ResultsFolder, experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """What is finished, after every cell: whatever stops a run later, it is there."""
-    rows = load(folder.path, cells)
-    if not rows:
-        return
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    folder.write_csv("results.csv", names, [[row.get(name, "") for name in names] for row in rows])
-    folder.write_text("summary.md", experiment.summary(rows))
-    folder.write_bytes("plot.png", experiment.plot(rows))
+def _write(folder: ResultsFolder, experiment: Experiment, tiny: bool) -> bool:
+    """What is finished, after every cell: whatever stops a run later, it is there. Whether that is all.
+
+    Another process may have more seeds here than this one.
+    """
+    with FileLock(_lock(folder, "tables")):
+        cells = experiment.cells(tiny)
+        if experiment.per_seed:
+            cells = _seeded(cells, json.loads((folder.path / "experiment.json").read_text())["seeds"])  # fmt: skip
+        rows = load(folder.path, cells)
+        if rows:
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            table = [[row.get(name, "") for name in names] for row in rows]
+            folder.write_csv("results.csv", names, table)
+            folder.write_text("summary.md", experiment.summary(rows))
+            folder.write_bytes("plot.png", experiment.plot(rows))
+        return all(_file(folder, cell).is_file() for cell in cells)
 
 
 def load(folder: Path, cells: Sequence[Cell]) -> list[Row]:
@@ -269,6 +278,8 @@ def _made(out: Path | None, experiment: Experiment, identity: dict[str, Any]) ->
     marker = None if out is None else out / "experiment.json"
     if marker is not None and marker.is_file():
         found = json.loads(marker.read_text())
+        if not isinstance(found, dict) or found.keys() != identity.keys():
+            raise ReproduceError(f"--out {out}: its experiment.json is not of lucid reproduce; name another folder")  # fmt: skip
         if experiment.per_seed and found == {**identity, "seeds": found["seeds"]} and found["seeds"] < identity["seeds"]:  # fmt: skip
             ResultsFolder(marker.parent).write_json(marker.name, identity)
         elif found != identity:

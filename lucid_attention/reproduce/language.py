@@ -26,7 +26,7 @@ from lucid_attention.train import TrainConfig, train
 from lucid_attention.train.folder import write_whole
 from lucid_attention.train.run import continue_training, prepare_tokens
 
-from .corpus import corpus_id, write_corpus
+from .corpus import CORPORA, corpus_id, write_corpus
 from .experiment import ReproduceError, Workplace, locked
 
 __all__ = [
@@ -49,6 +49,9 @@ LEARNING_RATE = 1e-3
 DIFFERENCES: dict[str, Any] = {"attention": "lucid", "kernel_scale": 1e-6}
 """A control: LUCID whose kernel is 1 for all keys, so that softmax attends to ``v_n - v_(n-1)``. What LUCID gains and this gains
 too has nothing to do with keys that are alike: a small model also learns faster when it is shown what came just before."""
+
+_ROWS = 16
+"""Of ``length`` tokens in a step."""
 
 Log = list[dict[str, float]]
 
@@ -87,13 +90,13 @@ def settings(place: Workplace, *, text: str = TEXT, **changes: Any) -> TrainConf
     A token sees its whole row, as in the paper, whatever documents that holds.
 
     Args:
-        text: "libraries", of which 900 steps see three fifths, or "stdlib", which they go through 3.3 times.
+        text: "libraries", of which 900 steps see nine tenths, or "stdlib", which they go through 3.3 times.
         changes: of the configuration.
     """
     size: dict[str, Any] = {"layers": 8, "width": 512, "vocabulary": 16384, "length": 2048, "validation_share": 0.02}  # fmt: skip
     if place.tiny:
         size = {"layers": 2, "width": 64, "vocabulary": 320, "length": 64, "validation_share": 0.02}
-    shared = place.shared / text
+    shared = place.shared / CORPORA[text]
     with locked(shared / "corpus"):
         if not (shared / "data" / "tokens.json").is_file():
             written = write_corpus(shared / "corpus.jsonl", libraries=text == "libraries", tiny=place.tiny)  # fmt: skip
@@ -119,7 +122,9 @@ def text_model(
     to another machine.
     """
     config = settings(place, text=text, **changes)
-    corpus = corpus_id(place.shared / text / "corpus.jsonl")
+    corpus = corpus_id(place.shared / CORPORA[text] / "corpus.jsonl")
+    if text == "libraries" and not place.tiny:
+        _check_met_once(place.shared / CORPORA[text] / "data" / "tokens.json", config, steps)
     # What has its default is left out: a setting that is new to the package makes no other model.
     told = {
         **{f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default},
@@ -144,11 +149,23 @@ def text_model(
             device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
             commit = environment_facts()["commit"]
             write_whole(about, json.dumps({**dataclasses.asdict(config), **told, "corpus": corpus, "commit": commit, "trained_on": device}))  # fmt: skip
-        # The checkpoints are three times the model's size, and nothing goes on from them any more.
-        for part in (*kept.glob("checkpoint-*"), kept / "data"):
-            shutil.rmtree(part, ignore_errors=True)
+        if (kept / "model").is_dir():
+            # The checkpoints are three times the model's size, and nothing goes on from them any more.
+            for part in (*kept.glob("checkpoint-*"), kept / "data"):
+                shutil.rmtree(part, ignore_errors=True)
     facts = json.loads(about.read_text())
     return TextModel(kept / "model", log, {name: facts[name] for name in ("corpus", "commit", "trained_on")})  # fmt: skip
+
+
+def _check_met_once(tokens: Path, config: TrainConfig, steps: int) -> None:
+    """The text is as long as the libraries that are installed, and must not begin again within a training."""
+    there = json.loads(tokens.read_text())["tokens"]
+    needed = round(steps * _ROWS * config.length / (1 - config.validation_share))
+    if there < needed:
+        raise ReproduceError(
+            f"the libraries' text: expected at least {needed:,} tokens, which {steps} steps meet once, got {there:,}; "
+            "install the versions of constraints.txt, whose sources are longer"
+        )
 
 
 def train_cell(
@@ -169,7 +186,7 @@ def train_cell(
             "and start a process with the same --out for each other"
         )
     given: dict[str, Any] = {
-        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else 16, "learning_rate": LEARNING_RATE,
+        "max_steps": steps, "seed": seed, "per_device_train_batch_size": 2 if place.tiny else _ROWS, "learning_rate": LEARNING_RATE,
         "bf16": cuda, "use_cpu": not cuda, "torch_compile": cuda, "report_to": "none", "eval_steps": steps if place.tiny else 0.25,
         "save_steps": 0.5, "save_total_limit": 1, "per_device_eval_batch_size": 16, **arguments,
     }  # fmt: skip
@@ -200,7 +217,7 @@ def questions(place: Workplace, grid: Sequence[tuple[ProseTask, int]], prose: st
     Kept: making them takes a CPU longer than answering takes a GPU.
     """
     about = hashlib.sha256(prose.encode()).hexdigest()
-    told = [[(task.name, task.version, length) for task, length in grid], number, seed, about, corpus_id(place.shared / TEXT / "corpus.jsonl")]  # fmt: skip
+    told = [[(task.name, task.version, length) for task, length in grid], number, seed, about, corpus_id(place.shared / CORPORA[TEXT] / "corpus.jsonl")]  # fmt: skip
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
     path = place.shared / "questions" / f"{name}.pickle"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .language import DIFFERENCES, TextModel, text_model, text_steps
-from .statistics import COUNTS, Paired, paired, said, spread_of
+from .statistics import COUNTS, Paired, paired, said, several_texts, spread_of
 
 __all__ = ["LanguageModel"]
 
@@ -22,7 +22,7 @@ class LanguageModel(Experiment):
     gpu_minutes = 17.0
     measured = True
     cpu_minutes = None
-    version = 3
+    version = 4
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -79,12 +79,13 @@ class LanguageModel(Experiment):
         for setting in dict.fromkeys(_setting(r) for r in rows):
             sides = {a: [r for r in rows if (_setting(r), r["attention"]) == (setting, a)] for a in COLOURS}  # fmt: skip
             label = " | ".join(map(str, setting))
+            seeds = len({r["seed"] for mine in sides.values() for r in mine})
             last = max(r["step"] for mine in sides.values() for r in mine)
             for attention, mine in sides.items():
                 if not mine:
                     continue
-                texts = [said((r for r in mine if r["step"] == step), "loss") for step in steps]
-                training = said((r for r in mine if r["step"] == last), "training_loss")
+                texts = [said((r for r in mine if r["step"] == step), "loss", seeds=seeds) for step in steps]  # fmt: skip
+                training = said((r for r in mine if r["step"] == last), "training_loss", seeds=seeds)  # fmt: skip
                 rate = spread_of(mine, "tokens_per_s")[0]
                 lines.append(f"| {label} | {attention} | {' | '.join(texts)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
             for ours, rival in (("lucid", "softmax"), ("differences", "softmax"), ("lucid", "differences")):  # fmt: skip
@@ -95,7 +96,7 @@ class LanguageModel(Experiment):
                 gaps.append(_gap(sides, ours, rival, last, "training_loss"))
                 ratio = spread_of(sides[ours], "tokens_per_s")[0] / spread_of(sides[rival], "tokens_per_s")[0]  # fmt: skip
                 lines.append(f"| {label} | {ours} - {rival} | {' | '.join(g.said() for g in gaps)} | {need:g} | x {ratio:.2f} |")  # fmt: skip
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *several_texts(rows)]) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against steps, a panel for each setting, a line for each seed."""

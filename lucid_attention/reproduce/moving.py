@@ -14,7 +14,7 @@ from lucid_attention.train import TrainConfig
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import as_png, legend, panels, seed_lines
 from .language import settings, text_model, text_steps, train_cell
-from .statistics import COUNTS, paired, said
+from .statistics import COUNTS, paired, said, several_texts
 
 __all__ = ["Moving"]
 
@@ -114,7 +114,7 @@ class Moving(Experiment):
                     )
                     strength = f"{said(stages[2], 'strength')} ({low:.3f} to {high:.3f})"
                 lines.append(f"| {position} | {way} | {losses} | {gap} | {strength} |")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *several_texts(rows)]) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against steps after the switch, every seed a line."""

@@ -16,7 +16,7 @@ from lucid_attention.train.tasks import part_of, read_prose
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import as_png, panels
 from .language import DIFFERENCES, questions, settings, text_model, text_steps, train_cell
-from .statistics import COUNTS, paired, said, spread_of
+from .statistics import COUNTS, paired, said, several_texts, spread_of
 
 __all__ = ["Needles"]
 
@@ -40,7 +40,7 @@ class Needles(Experiment):
     gpu_minutes = 7.5
     measured = True
     cpu_minutes = None
-    version = 4
+    version = 5
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -143,7 +143,7 @@ class Needles(Experiment):
             mine = {r["seed"]: r for r in rows if r["attention"] == side}
             if mine:
                 lines.append(f"| {side} | {said(mine.values(), 'text_loss', 4)} |")
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *several_texts(rows)]) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Heat maps of accuracy, a panel for each side."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .experiment import Row
 
-__all__ = ["COUNTS", "Paired", "paired", "quantile", "said", "spread_of"]
+__all__ = ["COUNTS", "Paired", "paired", "quantile", "said", "several_texts", "spread_of"]
 
 COUNTS = (
     "mean of the paired differences ± its standard error, bold where chance would give as much less than once in twenty times "
@@ -92,10 +92,23 @@ def spread_of(rows: Iterable[Row], metric: str) -> tuple[float, float]:
     return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
-def said(rows: Iterable[Row], metric: str, digits: int = 3) -> str:
-    """``mean ± standard deviation`` for a table; empty without rows."""
+def said(rows: Iterable[Row], metric: str, digits: int = 3, *, seeds: int | None = None) -> str:
+    """``mean ± standard deviation`` for a table; empty without rows; with their number if it is not ``seeds``."""
     rows = list(rows)
     if not rows:
         return ""
     mean, deviation = spread_of(rows, metric)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    number = "" if seeds in (None, len(rows)) else f" ({len(rows)} of {seeds} seeds)"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}{number}"
+
+
+def several_texts(rows: Iterable[Row]) -> list[str]:
+    """A warning, where models of one kind of text have learnt from different installations' files."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(str(row.get("text", "")), set()).add(str(row["corpus"]))
+    return [
+        f"Not one text{f' ({text})' if text else ''}: {', '.join(sorted(corpora))}, by the beginning of their SHA-256. Means over seeds are of different texts."
+        for text, corpora in found.items()
+        if len(corpora) > 1
+    ]

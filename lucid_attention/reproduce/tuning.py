@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import COLOURS, as_png, legend, panels, seed_lines
 from .language import LEARNING_RATE, text_model, text_steps
-from .statistics import paired, said, spread_of
+from .statistics import paired, said, several_texts, spread_of
 
 __all__ = ["Tuning"]
 
@@ -20,7 +20,7 @@ class Tuning(Experiment):
     claim = "the learning rate of all experiments with language models suits both attentions alike"
     gpu_minutes = 11.0
     cpu_minutes = None
-    version = 2
+    version = 3
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
@@ -71,7 +71,7 @@ class Tuning(Experiment):
             if len(best) == 2:
                 gap = paired(best["lucid"], best["softmax"], "loss")
                 lines.append(f"| {position} | LUCID - softmax | {gap} |" + " |" * (len(rates) - 1))
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *several_texts(rows)]) + "\n"
 
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against the rate, every seed a line."""

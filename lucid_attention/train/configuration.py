@@ -37,8 +37,8 @@ class TrainConfig:
         strength: of LUCID, in [0, 1], or "learned" (one parameter a KV head, from 0).
         kernel_scale: of LUCID, above 0; None is the checkpoint's, or one over the root of the head size
             (`lucid_attention.hf.enable`).
-        strength_learning_rate: of a learned strength, which AdamW moves by about so much a step, whatever its gradient: at the rate of
-            other parameters it would hardly leave 0. It follows the schedule of ``learning_rate`` and has no weight decay.
+        strength_learning_rate: of a learned strength, which AdamW (other optimisers less, or not) moves by about so much a step, whatever
+            its gradient: at the rate of other parameters it would hardly leave 0. It follows the schedule of ``learning_rate`` and has no weight decay.
         strength_steps: optimiser steps over which a fixed strength rises from 0; 0: it is there from the start.
         lucid_layers: indices of the layers that are LUCID; None: all.
         position: "rope", or "nope": no position encoding.
@@ -168,7 +168,10 @@ class TrainConfig:
                 raise TrainError(
                     "strength_steps: a learned strength starts at 0 and has no schedule"
                 )
-        elif self.strength_learning_rate != _DEFAULTS["strength_learning_rate"]:
+        elif (
+            self.attention == "lucid"
+            and self.strength_learning_rate != _DEFAULTS["strength_learning_rate"]
+        ):
             raise TrainError(
                 "strength_learning_rate: only a learned strength has one; give strength: learned, or leave it out"
             )

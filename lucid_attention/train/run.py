@@ -24,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils.import_utils import enable_tf32
 from transformers.utils.logging import disable_progress_bar
 
 from lucid_attention.hf import StrengthSchedule, disable
@@ -64,33 +65,28 @@ Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def _process_kept() -> Iterator[None]:
-    """TrainingArguments with ``torch_compile`` or ``tf32``, and accelerate, let float32 products be TensorFloat-32 and leave environment
-    variables that make later Accelerators compile, in the whole process and for good. After a training both are what they were.
+def _precision_kept() -> Iterator[None]:
+    """TrainingArguments with ``torch_compile`` or ``tf32``, and accelerate, let float32 products be TensorFloat-32, in the whole
+    process and for good. After a training they are what they were, and the next one is asked anew.
     """
-    names: tuple[str, ...] = ("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision")  # fmt: skip
-    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
-        names = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
-    places = [(operator.attrgetter(path)(torch.backends) if path else torch.backends, name)
-              for path, _, name in (name.rpartition(".") for name in names)]  # fmt: skip
-    before = [getattr(place, name) for place, name in places]
+    paths = ["", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]  # fmt: skip
+    name = "fp32_precision"
+    if not hasattr(torch.backends, name):  # before torch 2.9
+        paths, name = ["cuda.matmul", "cudnn"], "allow_tf32"
+    places = [operator.attrgetter(path)(torch.backends) if path else torch.backends for path in paths]  # fmt: skip
+    before = [getattr(place, name) for place in places]
     legacy = _matmul_precision()
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_DYNAMO)}
     try:
         yield
     finally:
         if legacy is not None and _matmul_precision() != legacy:
             torch.set_float32_matmul_precision(legacy)
         # Those that others inherit from come first.
-        for (place, name), value in zip(places, before, strict=True):
+        for place, value in zip(places, before, strict=True):
             if getattr(place, name) != value:
                 setattr(place, name, value)
-        for name in [name for name in os.environ if name.startswith(_DYNAMO)]:
-            del os.environ[name]
-        os.environ.update(variables)
-
-
-_DYNAMO = "ACCELERATE_DYNAMO_"
+        # transformers remembers that it has turned the switch, and would not do so again.
+        getattr(enable_tf32, "cache_clear", lambda: None)()
 
 
 def _matmul_precision() -> str | None:
@@ -120,7 +116,7 @@ class Outcome:
     loss: float
 
 
-@_process_kept()
+@_precision_kept()
 def train(
     config: TrainConfig,
     arguments: dict[str, Any] | None = None,
@@ -164,6 +160,7 @@ def train(
         # What is wrong with the settings, before a folder is made.
         asked = training_arguments(given, Path("unused"), validate=False)
         check_fused_layers(config.fused_layers, compiled=asked.torch_compile)
+        _check_strength(config, asked, None)
         config = absolute(config)
         written = as_yaml(config, given)
     made = out is None or not out.exists()
@@ -182,7 +179,7 @@ def train(
     return run(None)
 
 
-@_process_kept()
+@_precision_kept()
 def continue_training(
     folder: Path,
     changes: Iterable[str] = (),
@@ -221,6 +218,7 @@ def continue_training(
     config, given = split(content)
     arguments = training_arguments(given, folder, validate=False)
     checkpoint = last_checkpoint(folder, say if state.is_main_process else lambda line: None)
+    _check_strength(config, arguments, checkpoint)
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if done > arguments.max_steps:
         raise TrainError(f"max_steps: {done} steps are done already, got {arguments.max_steps}")
@@ -232,7 +230,7 @@ def continue_training(
     return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
 
 
-@_process_kept()
+@_precision_kept()
 def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """What would be trained, without data or weights: parameters, flops, tokens.
 
@@ -279,6 +277,37 @@ def prepare_tokens(
             made.save_pretrained(place)
             write_tokens(documents_of(config), made, data, quiet=quiet)
     return AutoTokenizer.from_pretrained(place), Tokens.load(data)
+
+
+def _check_strength(
+    config: TrainConfig, arguments: TrainingArguments, checkpoint: Path | None
+) -> None:
+    """Where a learned strength cannot be trained.
+
+    Raises:
+        TrainError: before anything is made or changed.
+    """
+    if config.strength != "learned":
+        return
+    remedy = "give a number, or strength_steps"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    half = arguments.bf16 or arguments.fp16 or precision not in ("", "no")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and half:
+        raise TrainError(
+            f"strength: learned cannot be trained by FSDP in mixed precision, which would round it; {remedy}, or train in float32"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
+    if deepspeed or arguments.deepspeed:
+        raise TrainError(
+            f"strength: learned has a learning rate of its own, which DeepSpeed's optimiser does not take; {remedy}"
+        )
+    saved = None if checkpoint is None else checkpoint / "optimizer.pt"
+    if saved is not None and saved.is_file():
+        groups = torch.load(saved, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+        if len(groups) < 3:
+            raise TrainError(
+                "strength: this run is of an earlier version, in which a learned strength had the rate of all parameters; begin it anew"
+            )
 
 
 class _Run:

@@ -13,6 +13,7 @@ from transformers import Trainer
 from lucid_attention.hf import strengths
 from lucid_attention.hf.strength import LearnedStrength
 
+from .configuration import TrainError
 from .progress import Meter
 
 __all__ = ["MeteredTrainer", "accuracy", "likeliest", "stack"]
@@ -44,6 +45,12 @@ class MeteredTrainer(Trainer):
         if self.strength_learning_rate is not None and made:
             named = (self.model if model is None else model).named_parameters()
             own = {id(p): p for name, p in named if name.endswith(LearnedStrength.PARAMETER) and p.requires_grad}  # fmt: skip
+            found = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if not own.keys() <= found:
+                raise TrainError(
+                    f"optim: {self.args.optim} has no groups of parameters, so that a learned strength cannot have its own rate; "
+                    "take another, such as adamw_torch, or a strength that is a number"
+                )
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in own]
             optimizer.add_param_group({"params": list(own.values()), "lr": self.strength_learning_rate, "weight_decay": 0.0})  # fmt: skip

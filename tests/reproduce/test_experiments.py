@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -239,7 +240,7 @@ def test_tables_of_what_is_there_by_hand() -> None:
 
     accuracy = {("softmax", 1): (0.5, 0.1), ("lucid", 1): (0.7, 0.2), ("softmax", 2): (0.4, 0.0), ("lucid", 2): (0.9,)}  # fmt: skip
     made = [
-        {"attention": side, "seed": seed, "needles": needles, "length": 8, "accuracy": value, "text_loss": 2.0}
+        {"attention": side, "seed": seed, "needles": needles, "length": 8, "accuracy": value, "text_loss": 2.0, "corpus": "a" if seed == 1 else "b"}
         for (side, seed), values in accuracy.items() for needles, value in zip((1, 2), values, strict=False)
     ]  # fmt: skip
     text = Needles().summary(made)
@@ -247,7 +248,8 @@ def test_tables_of_what_is_there_by_hand() -> None:
     assert "| all | lucid - softmax | +0.150 ± nan |" in text
     assert "| 1 | lucid - softmax | +0.350 ± 0.150 |" in text
 
-    about = {"position": "rope", "head_dim": 64, "training_loss": 1.0, "tokens_per_s": 1e3}
+    assert "Not one text: a, b, by the beginning" in text
+    about = {"position": "rope", "head_dim": 64, "training_loss": 1.0, "tokens_per_s": 1e3, "corpus": "a"}  # fmt: skip
     losses = [
         {**about, "text": text, "attention": side, "seed": seed, "step": step, "loss": seed + step + (side == "lucid")}
         for text, last in (("stdlib", 20), ("libraries", 10)) for seed in (1, 2) for side in ("softmax", "lucid") for step in sorted({10, last})
@@ -257,6 +259,7 @@ def test_tables_of_what_is_there_by_hand() -> None:
     assert "| libraries | rope | 64 | lucid - softmax | +1.000 ± nan |  | +0.000 ± nan | inf | x 1.00 |" in table  # fmt: skip
     assert "| stdlib | rope | 64 | lucid - softmax | **+1.000 ± 0.000** |" not in table  # two seeds
     assert "| stdlib | rope | 64 | lucid - softmax | +1.000 ± 0.000 | +1.000 ± 0.000 |" in table
+    assert "| libraries | rope | 64 | lucid | 12.000 ± nan (1 of 2 seeds) |" in table and "Not one text" not in table  # fmt: skip
 
 
 def test_training_losses_by_hand() -> None:
@@ -286,8 +289,15 @@ def test_two_texts(tmp_path: Path) -> None:
     whole = {name: write_corpus(tmp_path / f"{name}.jsonl", libraries=name == "large") for name in ("small", "large")}  # fmt: skip
     lines = {name: set(path.read_text(encoding="utf-8").splitlines()) for name, path in whole.items()}  # fmt: skip
     assert sum(map(len, lines["small"] - lines["large"])) < 0.06 * sum(map(len, lines["small"]))
-    # 900 steps of 32K tokens, and 2 % that is held out, at 3.7 characters a token.
-    assert sum(map(len, lines["large"])) > 900 * 16 * 2048 * 3.7 * 1.02 > sum(map(len, lines["small"]))  # fmt: skip
+    # 900 steps of 32K tokens, and 2 % that is held out, at 4.2 characters a token.
+    assert sum(map(len, lines["large"])) > 900 * 16 * 2048 * 4.2 * 1.02 > sum(map(len, lines["small"]))  # fmt: skip
+    # As many steps as its tokens allow, and no more.
+    config, tokens = TrainConfig(text="x", length=2048, validation_share=0.02), tmp_path / "tokens.json"  # fmt: skip
+    for there, steps in ((33_460_419, 990), (33_460_419, 1001), (30_000_000, 900)):
+        tokens.write_text(json.dumps({"tokens": there}))
+        allowed = contextlib.nullcontext() if steps == 990 else pytest.raises(ReproduceError, match=f"steps meet once, got {there:,}")  # fmt: skip
+        with allowed:
+            language._check_met_once(tokens, config, steps)
 
 
 def test_processes_share_the_cells(tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in before} == before
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {(r["attention"], r["seed"]) for r in rows} == {("softmax", "1"), ("softmax", "2"), ("lucid", "1"), ("lucid", "2"), ("differences", "2")}  # fmt: skip
-    with pytest.raises(ReproduceError, match=r"version 3, 2 seeds\), not tiny language-model \(version 3, 1 seeds"):  # fmt: skip
+    with pytest.raises(ReproduceError, match=r"version 4, 2 seeds\), not tiny language-model \(version 4, 1 seeds"):  # fmt: skip
         run("language-model", out, seeds=1)
     run("memory", tmp_path / "memory", seeds=1, most_seconds=-1.0)
     with pytest.raises(ReproduceError, match="holds tiny memory"):  # its seeds are in one cell
@@ -332,6 +342,25 @@ def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
         with pytest.raises(ReproduceError, match=message):
             run("language-model", tmp_path / "none", only=only)
     assert not (tmp_path / "none").exists()
+
+
+def test_fewer_seeds_leave_the_work_of_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """While a process of one seed runs, another begins with two: what it is at stays, and the tables have its cells."""
+    out = tmp_path / "out"
+    kind = type(EXPERIMENTS["language-model"])
+    real, begun = kind.run, []
+
+    def joined(self: Any, cell: Any, *args: Any) -> Any:
+        if not begun:
+            begun.append(cell)
+            run("language-model", out, seeds=2, only="seed=2,attention=lucid,text=libraries")
+            (out / "work" / "theirs").mkdir()
+        return real(self, cell, *args)
+
+    monkeypatch.setattr(kind, "run", joined)
+    run("language-model", out, seeds=1)
+    assert (out / "work" / "theirs").is_dir()
+    assert {row["seed"] for row in csv.DictReader((out / "results.csv").open())} == {"1", "2"}
 
 
 def test_no_cell_is_begun_after_the_time(tmp_path: Path) -> None:
@@ -347,6 +376,9 @@ def test_folders_of_other_runs(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
     with pytest.raises(FolderError, match="is not empty"):
+        run("memory", tmp_path / "mine")
+    (tmp_path / "mine" / "experiment.json").write_text('{"experiment": "x"}')
+    with pytest.raises(ReproduceError, match=r"its experiment.json is not of lucid reproduce"):
         run("memory", tmp_path / "mine")
     with pytest.raises(ReproduceError, match="--seeds: expected 1 or more"):
         run("memory", tmp_path / "new", seeds=0)

@@ -271,55 +271,82 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
     assert graphs["unique_graphs"] == 0
 
 
-def test_the_process_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """TrainingArguments with ``torch_compile`` turn TensorFloat-32 on where there is a GPU, accelerate the older switch, and both speak to
-    later Accelerators through the environment.
-    """
+def test_precision_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """TensorFloat-32, which TrainingArguments turn on and accelerate by the older switch: on in every training, off after it."""
+    from transformers import training_args
+    from transformers.utils import import_utils
+
     from lucid_attention.train import run as module
 
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch below 2.9 has other switches")
-    real, seen = module.training_arguments, []
-    backends = torch.backends
-
-    def turns_it_on(*args: Any, **kwargs: Any) -> Any:
-        how = len(seen) % 3
-        if how == 0:
-            backends.cuda.matmul.allow_tf32 = True
-        elif how == 1:
-            backends.fp32_precision = "tf32"
-        else:
-            backends.cuda.matmul.fp32_precision = "tf32"
-        seen.append(backends.cuda.matmul.fp32_precision)
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
-        os.environ["ACCELERATE_DYNAMO_MODE"] = "default"
-        return real(*args, **kwargs)
+    backends, seen = torch.backends, []
 
     def state() -> list[Any]:
-        switches = (
-            backends,
-            backends.cuda.matmul,
-            backends.cudnn,
-            backends.cudnn.conv,
-            backends.cudnn.rnn,
-        )
-        found: list[Any] = [switch.fp32_precision for switch in switches]
-        variables = sorted(item for item in os.environ.items() if item[0].startswith("ACCELERATE"))
-        return [*found, torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, variables]  # fmt: skip
+        b = backends
+        switches = (b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)  # fmt: skip
+        return [*(x.fp32_precision for x in switches), torch.get_float32_matmul_precision(), b.cuda.matmul.allow_tf32]  # fmt: skip
 
-    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "mine")
+    real = module._Run.__call__
+
+    def looked_at(self: Any, *args: Any) -> Any:
+        seen.append((backends.fp32_precision, backends.cuda.matmul.fp32_precision))
+        if len(seen) == 2:  # as accelerate does
+            backends.cuda.matmul.allow_tf32 = True
+        return real(self, *args)
+
+    for place in (training_args, import_utils):
+        monkeypatch.setattr(place, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(module._Run, "__call__", looked_at)
     before = state()
-    monkeypatch.setattr(module, "training_arguments", turns_it_on)
-    outcome = run(config(novel), tmp_path / "run", max_steps=1)
+    outcome = run(config(novel), tmp_path / "run", max_steps=1, tf32=True)
     assert state() == before
     continue_training(outcome.folder, ["max_steps=2"], say=lambda line: None, quiet=True)
     assert state() == before
-    describe(config(novel), {})
-    assert state() == before
+    describe(config(novel), {"tf32": True})
     with pytest.raises(TrainError):
-        run(config(novel, text="nowhere"), tmp_path / "none")
+        run(config(novel, text="nowhere"), tmp_path / "none", tf32=True)
     assert state() == before
-    assert set(seen) == {"tf32"} and len(seen) > 5
+    run(config(novel), tmp_path / "again", max_steps=1, tf32=True)
+    assert seen == [("tf32", "tf32")] * 3 and state() == before
+
+
+def test_where_a_learned_strength_cannot_be_trained(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Said before anything is made or lost."""
+    from lucid_attention.train import run as module
+    from lucid_attention.train.trainer import MeteredTrainer
+
+    asked = config(novel, strength="learned")
+    with monkeypatch.context() as patch:
+        other = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        patch.setattr(MeteredTrainer.__mro__[1], "create_optimizer", lambda self, model=None: other)
+        with pytest.raises(TrainError, match=r"optim: .* has no groups of parameters"):
+            run(asked, tmp_path / "optim")
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        with pytest.raises(TrainError, match="cannot be trained by FSDP in mixed precision"):
+            run(asked, tmp_path / "none")
+    plain = module.training_arguments(ARGUMENTS, tmp_path, validate=False)
+    with (
+        monkeypatch.context() as patch
+    ):  # which is not installed, so that TrainingArguments would stop before
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(TrainError, match="DeepSpeed's optimiser does not take"):
+            module._check_strength(asked, plain, None)
+        module._check_strength(config(novel), plain, None)
+    assert not (tmp_path / "none").exists()
+    # Of an earlier version, which had two groups.
+    old = run(asked, tmp_path / "old", max_steps=2)
+    state = old.folder / "checkpoint-2" / "optimizer.pt"
+    content = torch.load(state)
+    content["param_groups"][1]["params"] += content["param_groups"].pop()["params"]
+    torch.save(content, state)
+    with pytest.raises(TrainError, match=r"strength: this run is of an earlier version.*begin it anew"):  # fmt: skip
+        continue_training(old.folder, ["max_steps=4"])
+    assert (old.model / "model.safetensors").is_file()
+    with pytest.raises(TrainError, match="strength_learning_rate: softmax attention has none"):
+        config(novel, attention="softmax", strength_learning_rate=1e-3)
 
 
 def test_fused_layers_are_not_compiled(novel: Path, tmp_path: Path) -> None:
