@@ -169,12 +169,13 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         stock(input_ids=ids, labels=ids).loss.backward()
     heads, layers = config.size()["heads"], 2
-    # QK^T and PV, not causal, forward and twice that backward; the angles of RoPE.
+    # QK^T and PV, not causal, forward and twice that backward; the angles of RoPE, which are a product of matrices in transformers
+    # 5.17 and not in 5.23.
     attention = layers * heads * 2 * 3 * (2 * 64 * 64 * 18)
     angles = 2 * 64 * 9
     weights = sum(p.numel() for n, p in stock.named_parameters() if p.dim() == 2 and "embed" not in n)  # fmt: skip
     weights += stock.lm_head.weight.numel() if tied else 0
-    assert counter.get_total_flops() == 6 * 64 * weights + attention + angles
+    assert counter.get_total_flops() - (6 * 64 * weights + attention) in (0, angles)
     norms = sum(p.numel() for p in stock.parameters() if p.dim() == 1)
     found = flops_per_token(enable(stock), 64)
     assert found["matmul"] == 6 * (weights + norms)
