@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import operator
 import os
 import shutil
 import sys
@@ -24,7 +23,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils.import_utils import enable_tf32
 from transformers.utils.logging import disable_progress_bar
 
 from lucid_attention.hf import StrengthSchedule, disable
@@ -53,48 +51,16 @@ from .folder import (
     write_whole,
 )
 from .model import build_model, check_fused_layers, use_fused_layers, use_fused_loss
+from .precision import precision_kept
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
 from .tasks import MemoryRows, NeedleRows
 from .text import documents_of, load_tokenizer
 from .tokens import Rows, Shuffled, Tokens, write_tokens
-from .trainer import MeteredTrainer, accuracy, likeliest, stack
+from .trainer import MeteredTrainer, accuracy, check_strength, likeliest, stack
 
 __all__ = ["Outcome", "continue_training", "describe", "train"]
 
 Say = Callable[[str], None]
-
-
-@contextlib.contextmanager
-def _precision_kept() -> Iterator[None]:
-    """TrainingArguments with ``torch_compile`` or ``tf32``, and accelerate, let float32 products be TensorFloat-32, in the whole
-    process and for good. After a training they are what they were, and the next one is asked anew.
-    """
-    paths = ["", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]  # fmt: skip
-    name = "fp32_precision"
-    if not hasattr(torch.backends, name):  # before torch 2.9
-        paths, name = ["cuda.matmul", "cudnn"], "allow_tf32"
-    places = [operator.attrgetter(path)(torch.backends) if path else torch.backends for path in paths]  # fmt: skip
-    before = [getattr(place, name) for place in places]
-    legacy = _matmul_precision()
-    try:
-        yield
-    finally:
-        if legacy is not None and _matmul_precision() != legacy:
-            torch.set_float32_matmul_precision(legacy)
-        # Those that others inherit from come first.
-        for place, value in zip(places, before, strict=True):
-            if getattr(place, name) != value:
-                setattr(place, name, value)
-        # transformers remembers that it has turned the switch, and would not do so again.
-        getattr(enable_tf32, "cache_clear", lambda: None)()
-
-
-def _matmul_precision() -> str | None:
-    """By torch's older switch, which cannot be read while it and the newer ones disagree."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -116,7 +82,7 @@ class Outcome:
     loss: float
 
 
-@_precision_kept()
+@precision_kept()
 def train(
     config: TrainConfig,
     arguments: dict[str, Any] | None = None,
@@ -160,7 +126,7 @@ def train(
         # What is wrong with the settings, before a folder is made.
         asked = training_arguments(given, Path("unused"), validate=False)
         check_fused_layers(config.fused_layers, compiled=asked.torch_compile)
-        _check_strength(config, asked, None)
+        check_strength(config, asked, None)
         config = absolute(config)
         written = as_yaml(config, given)
     made = out is None or not out.exists()
@@ -179,7 +145,7 @@ def train(
     return run(None)
 
 
-@_precision_kept()
+@precision_kept()
 def continue_training(
     folder: Path,
     changes: Iterable[str] = (),
@@ -218,7 +184,7 @@ def continue_training(
     config, given = split(content)
     arguments = training_arguments(given, folder, validate=False)
     checkpoint = last_checkpoint(folder, say if state.is_main_process else lambda line: None)
-    _check_strength(config, arguments, checkpoint)
+    check_strength(config, arguments, checkpoint)
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if done > arguments.max_steps:
         raise TrainError(f"max_steps: {done} steps are done already, got {arguments.max_steps}")
@@ -230,7 +196,7 @@ def continue_training(
     return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
 
 
-@_precision_kept()
+@precision_kept()
 def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     """What would be trained, without data or weights: parameters, flops, tokens.
 
@@ -277,37 +243,6 @@ def prepare_tokens(
             made.save_pretrained(place)
             write_tokens(documents_of(config), made, data, quiet=quiet)
     return AutoTokenizer.from_pretrained(place), Tokens.load(data)
-
-
-def _check_strength(
-    config: TrainConfig, arguments: TrainingArguments, checkpoint: Path | None
-) -> None:
-    """Where a learned strength cannot be trained.
-
-    Raises:
-        TrainError: before anything is made or changed.
-    """
-    if config.strength != "learned":
-        return
-    remedy = "give a number, or strength_steps"
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    half = arguments.bf16 or arguments.fp16 or precision not in ("", "no")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and half:
-        raise TrainError(
-            f"strength: learned cannot be trained by FSDP in mixed precision, which would round it; {remedy}, or train in float32"
-        )
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
-    if deepspeed or arguments.deepspeed:
-        raise TrainError(
-            f"strength: learned has a learning rate of its own, which DeepSpeed's optimiser does not take; {remedy}"
-        )
-    saved = None if checkpoint is None else checkpoint / "optimizer.pt"
-    if saved is not None and saved.is_file():
-        groups = torch.load(saved, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
-        if len(groups) < 3:
-            raise TrainError(
-                "strength: this run is of an earlier version, in which a learned strength had the rate of all parameters; begin it anew"
-            )
 
 
 class _Run:

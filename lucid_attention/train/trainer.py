@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from lucid_attention.hf import strengths
 from lucid_attention.hf.strength import LearnedStrength
 
-from .configuration import TrainError
+from .configuration import TrainConfig, TrainError
 from .progress import Meter
 
-__all__ = ["MeteredTrainer", "accuracy", "likeliest", "stack"]
+__all__ = ["MeteredTrainer", "accuracy", "check_strength", "likeliest", "stack"]
 
 
 class MeteredTrainer(Trainer):
@@ -76,6 +78,37 @@ class MeteredTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with _LeftOut(self.meter):
             super()._save_checkpoint(*args, **kwargs)
+
+
+def check_strength(
+    config: TrainConfig, arguments: TrainingArguments, checkpoint: Path | None
+) -> None:
+    """Where a learned strength cannot be trained.
+
+    Raises:
+        TrainError: before anything is made or changed.
+    """
+    if config.strength != "learned":
+        return
+    remedy = "give a number, or strength_steps"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    half = arguments.bf16 or arguments.fp16 or precision not in ("", "no")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and half:
+        raise TrainError(
+            f"strength: learned cannot be trained by FSDP in mixed precision, which would round it; {remedy}, or train in float32"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
+    if deepspeed or arguments.deepspeed:
+        raise TrainError(
+            f"strength: learned has a learning rate of its own, which DeepSpeed's optimiser does not take; {remedy}"
+        )
+    saved = None if checkpoint is None else checkpoint / "optimizer.pt"
+    if saved is not None and saved.is_file():
+        groups = torch.load(saved, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+        if len(groups) < 3:
+            raise TrainError(
+                "strength: this run is of an earlier version, in which a learned strength had the rate of all parameters; begin it anew"
+            )
 
 
 class _LeftOut:

@@ -78,20 +78,6 @@ def test_generate_compiles_its_static_cache(build, ids, left_padded):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_models_of_several_head_sizes_compile(build, ids):
-    """One after another in a process, by layers and whole. Their scales differ; to torch 2.11 the second one was a symbol (to 2.13 not)."""
-    for head_dim in (12, 16, 20):
-        model = enable(build("Llama", head_dim=head_dim))
-        expected = model(ids, use_cache=False).logits
-        for layer in model.model.layers:
-            layer.compile(backend="eager", fullgraph=True)
-        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, **TOLERANCE)
-    model = enable(build("Llama", head_dim=24))
-    expected = model(ids, use_cache=False).logits
-    step = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(step(ids, use_cache=False).logits, expected, **TOLERANCE)
-
-
 def test_training_compiles_and_lengths_do_not_recompile_without_end(build, ids):
     model = enable(build("Llama"), strength="learned").train()
     twin = copy.deepcopy(model)

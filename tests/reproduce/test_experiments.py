@@ -179,7 +179,12 @@ def test_logs_without_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     stop = 0
     monkeypatch.setattr(language, "train", counted)
+    # Of a training that was stopped here, before the log came.
+    for folder in other.glob("tiny/models/*/run"):
+        (folder / "checkpoint-1").mkdir()
     last = run("language-model", tmp_path / "last", seeds=1, shared=other)
+    for folder in other.glob("tiny/models/*/run"):
+        (folder / "checkpoint-1").rmdir()
     assert not trained and (last / "results.csv").read_text() == (first / "results.csv").read_text()
     place = Workplace(torch.device("cpu"), True, tmp_path / "work", other / "tiny")
     asked: dict[str, Any] = {"attention": "lucid", "position": "nope", "head_dim": 16, "text": "stdlib"}  # fmt: skip
@@ -231,6 +236,17 @@ def test_copies_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert texts[1:] == [
             "\n".join([*content[name], "short"]) for name in expected
         ]  # after the novel
+
+
+def test_the_legend_has_what_any_panel_shows() -> None:
+    from lucid_attention.reproduce.figures import legend, panels, seed_lines
+
+    _, axes = panels(2)
+    for axis, names in zip(axes, (("softmax",), ("softmax", "differences")), strict=True):
+        for name in names:
+            seed_lines(axis, [{"seed": 1, "x": 0, "y": 0}], "x", "y", label=name)
+    legend(axes)
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["softmax", "differences"]  # fmt: skip
 
 
 def test_tables_of_what_is_there_by_hand() -> None:

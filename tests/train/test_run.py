@@ -252,6 +252,8 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
     name = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
     monkeypatch.setenv(name, "false")
     settings = config(novel, layers=3, strength_steps=5, document_masks=False)
+    real, resets = torch.compiler.reset, []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(real()))
     torch.compiler.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -265,6 +267,9 @@ def test_compiled_layers_learn_the_same(novel: Path, tmp_path: Path, monkeypatch
     for key, weight in found[0].items():
         torch.testing.assert_close(found[1][key], weight, rtol=1e-4, atol=1e-5)
     assert 1 < graphs["unique_graphs"] < 12
+    assert (
+        len(resets) == 3
+    )  # this test's, and one for each training that is compiled: a process keeps a few variants only
     torch.compiler.reset()
     graphs.clear()
     run(settings, tmp_path / "next")
@@ -314,7 +319,7 @@ def test_precision_is_given_back(novel: Path, tmp_path: Path, monkeypatch: pytes
 def test_where_a_learned_strength_cannot_be_trained(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Said before anything is made or lost."""
     from lucid_attention.train import run as module
-    from lucid_attention.train.trainer import MeteredTrainer
+    from lucid_attention.train.trainer import MeteredTrainer, check_strength
 
     asked = config(novel, strength="learned")
     with monkeypatch.context() as patch:
@@ -328,13 +333,12 @@ def test_where_a_learned_strength_cannot_be_trained(novel: Path, tmp_path: Path,
         with pytest.raises(TrainError, match="cannot be trained by FSDP in mixed precision"):
             run(asked, tmp_path / "none")
     plain = module.training_arguments(ARGUMENTS, tmp_path, validate=False)
-    with (
-        monkeypatch.context() as patch
-    ):  # which is not installed, so that TrainingArguments would stop before
+    # DeepSpeed is not installed, so that TrainingArguments would stop before.
+    with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         with pytest.raises(TrainError, match="DeepSpeed's optimiser does not take"):
-            module._check_strength(asked, plain, None)
-        module._check_strength(config(novel), plain, None)
+            check_strength(asked, plain, None)
+        check_strength(config(novel), plain, None)
     assert not (tmp_path / "none").exists()
     # Of an earlier version, which had two groups.
     old = run(asked, tmp_path / "old", max_steps=2)
