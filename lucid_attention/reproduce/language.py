@@ -136,15 +136,11 @@ def text_model(
     with locked(folder):
         kept, about = folder / "run", folder / "facts.json"
         log = _log(kept) if about.is_file() else []
-        there = (
-            bool(log) and log[-1]["step"] == steps and (not weights or (kept / "model").is_dir())
-        )
-        if there:
+        # A log may have come without its weights, and a training after it may have been stopped: then it is shorter.
+        whole = bool(log) and log[-1]["step"] == steps
+        if whole and (not weights or (kept / "model").is_dir()):
             tick(steps)
         else:
-            about.unlink(
-                missing_ok=True
-            )  # of a log that came without its weights: the training below may be stopped
             log = train_cell(place, config, steps, seed, folder, tick, learning_rate=learning_rate)
             device = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
             commit = environment_facts()["commit"]
