@@ -10,7 +10,7 @@ from .experiment import Row
 
 __all__ = ["COLOURS", "as_png", "legend", "panels", "seed_lines"]
 
-COLOURS = {"softmax": "#56b4e9", "lucid": "#d55e00", "differences": "#009e73"}
+COLOURS = {"softmax": "#56b4e9", "lucid": "#d55e00", "differences": "#009e73", "average": "#cc79a7"}
 
 
 def panels(number: int, *, columns: int = 4, width: float = 3.4, height: float = 3.2, **options: Any) -> tuple[Any, list[Any]]:  # fmt: skip

@@ -30,6 +30,7 @@ from .corpus import CORPORA, corpus_id, write_corpus
 from .experiment import ReproduceError, Workplace, locked
 
 __all__ = [
+    "AVERAGE",
     "DIFFERENCES",
     "LEARNING_RATE",
     "TextModel",
@@ -49,6 +50,9 @@ LEARNING_RATE = 1e-3
 DIFFERENCES: dict[str, Any] = {"attention": "lucid", "kernel_scale": 1e-6}
 """A control: LUCID whose kernel is 1 for all keys, so that softmax attends to ``v_n - v_(n-1)``. What LUCID gains and this gains
 too has nothing to do with keys that are alike: a small model also learns faster when it is shown what came just before."""
+
+AVERAGE: dict[str, Any] = {**DIFFERENCES, "strength": 0.25}
+"""A milder control: from ``v_n`` a moving average of what came before is taken, ``b sum_k (1 - b)^(k-1) v_(n-k)`` with ``b = .25``."""
 
 _ROWS = 16
 """Of ``length`` tokens in a step."""

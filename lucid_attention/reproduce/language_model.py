@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 
 from .experiment import Cell, Experiment, Row, Workplace
 from .figures import COLOURS, as_png, legend, panels, seed_lines
-from .language import DIFFERENCES, TextModel, text_model, text_steps
+from .language import AVERAGE, DIFFERENCES, TextModel, text_model, text_steps
 from .statistics import COUNTS, Paired, paired, said, several_texts, spread_of
 
 __all__ = ["LanguageModel"]
+
+CONTROLS = {"differences": DIFFERENCES, "average": AVERAGE}
+"""Sides that see no keys."""
 
 
 class LanguageModel(Experiment):
@@ -26,7 +29,7 @@ class LanguageModel(Experiment):
     per_seed = True
 
     def cells(self, tiny: bool) -> list[Cell]:
-        """Heads of 64 and 16 at the same width, on a text that is met 3.3 times and on one that is met once, there with a control."""
+        """Heads of 64 and 16 at the same width, on a text that is met 3.3 times and on one that is met once, there with controls."""
         sizes = (16,) if tiny else (64, 16)
         positions = ("nope",) if tiny else ("rope", "nope")
         found: list[Cell] = [
@@ -35,8 +38,8 @@ class LanguageModel(Experiment):
         ]  # fmt: skip
         found += [{**cell, "text": "libraries"} for cell in found]
         controls: list[Cell] = [
-            {"attention": "differences", "position": position, "head_dim": sizes[0], "text": "libraries"}
-            for position in positions
+            {"attention": control, "position": position, "head_dim": sizes[0], "text": "libraries"}
+            for control, position in itertools.product(CONTROLS, positions)
         ]  # fmt: skip
         return found + controls
 
@@ -44,7 +47,7 @@ class LanguageModel(Experiment):
         return text_steps(tiny)
 
     def run(self, cell: Cell, seeds: Sequence[int], place: Workplace, tick: Callable[[int], None]) -> list[Row]:  # fmt: skip
-        side = DIFFERENCES if cell["attention"] == "differences" else {"attention": cell["attention"]}  # fmt: skip
+        side = CONTROLS.get(cell["attention"], {"attention": cell["attention"]})
         found = text_model(
             place, self.steps(cell, place.tiny), seeds[0], tick, weights=False,
             text=cell.get("text", "stdlib"), position=cell["position"], head_dim=cell["head_dim"], **side,
@@ -71,7 +74,7 @@ class LanguageModel(Experiment):
             "",
             f"Held-out loss, nats a token, after so many steps; mean ± standard deviation over seeds; one side less another: {COUNTS}; "
             "seeds: how many it would take to tell the last difference. "
-            "Training: the loss on the last rows that were trained on, as they were met. Differences: a control, softmax attention over v_n - v_(n-1).",
+            "Training: the loss on the last rows that were trained on, as they were met. Controls that see no keys: differences, softmax attention over v_n - v_(n-1), and average, over v_n less a moving average of what came before.",
             "",
             "| text | position | head size | | " + " | ".join(map(str, steps)) + " | training | seeds | tokens/s |",
             "|---|---|---|---|" + "---|" * len(steps) + "---|---|---|",
@@ -88,7 +91,8 @@ class LanguageModel(Experiment):
                 training = said((r for r in mine if r["step"] == last), "training_loss", seeds=seeds)  # fmt: skip
                 rate = spread_of(mine, "tokens_per_s")[0]
                 lines.append(f"| {label} | {attention} | {' | '.join(texts)} | {training} | | {rate / 1e3:,.0f}K |")  # fmt: skip
-            for ours, rival in (("lucid", "softmax"), ("differences", "softmax"), ("lucid", "differences")):  # fmt: skip
+            pairs = [("lucid", "softmax"), *((c, "softmax") for c in CONTROLS), *(("lucid", c) for c in CONTROLS)]  # fmt: skip
+            for ours, rival in pairs:
                 gaps = [_gap(sides, ours, rival, step, "loss") for step in steps]
                 if not any(gap.seeds for gap in gaps):
                     continue

@@ -43,7 +43,7 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert {row["seed"] for row in rows} == {str(seed) for seed in range(1, seeds + 1)}
     sides = {row.get("attention") or row["way"] for row in rows}
-    most = {"softmax", "lucid", "differences", "moved"}
+    most = {"softmax", "lucid", "differences", "average", "moved"}
     assert sides == set(WAYS) or {"softmax", "lucid"} <= sides <= most
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     pattern = r"(?i)(lucid|way) - softmax|\| never \|"  # on a CPU a seed repeats
@@ -292,6 +292,17 @@ def test_the_control_is_blind_to_keys(kind: str) -> None:
     solved = precondition(key, value, kernel_scale=language.DIFFERENCES["kernel_scale"])
     expected = torch.cat((value[:, :, :1], value.diff(dim=2)), dim=2)
     assert relative_error(solved, expected) < 1e-3
+
+
+def test_the_milder_control_is_a_moving_average() -> None:
+    """Of strength b: from each value, what came before it, with weights that fall by 1 - b."""
+    key, value = make_keys("cos0.9", 1, 1, 200, 64), torch.randn(1, 1, 200, 64, dtype=torch.float64)
+    setting = {name: language.AVERAGE[name] for name in ("kernel_scale", "strength")}
+    solved, average = precondition(key, value, **setting), torch.zeros(64, dtype=torch.float64)
+    for n in range(200):
+        expected = value[0, 0, n] - average
+        assert relative_error(solved[0, 0, n], expected) < 1e-3
+        average = 0.75 * average + 0.25 * value[0, 0, n]
 
 
 def test_two_texts(tmp_path: Path) -> None:
