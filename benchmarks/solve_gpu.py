@@ -2,6 +2,7 @@
 
     make bench-gpu                                       # everything, 3 to 4 minutes on an H200
     python -m benchmarks.solve_gpu --part attention      # solve, attention or precision alone
+    python -m benchmarks.solve_gpu --head-dims 68        # such shapes alone
     python -m benchmarks.solve_gpu --quick               # a few small shapes, to see that it runs
 
 Writes ``solve-GPU.csv`` (times, memory, errors), ``-stages.csv`` (kernels' shares of a call), ``.json``
@@ -303,6 +304,11 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     """Compile, gate, measure, write."""
     shapes = QUICK if options.quick else SHAPES
     attention = QUICK_ATTENTION if options.quick else ATTENTION
+    if options.head_dims:
+        shapes = [shape for shape in shapes if shape.head_dim in options.head_dims]
+        attention = [shape for shape in attention if shape.head_dim in options.head_dims]
+        if not shapes + attention:
+            raise SystemExit(f"--head-dims: no shape has {options.head_dims}")
     measured = (shapes if "solve" in parts else []) + (attention if "attention" in parts else [])
     kinds = {(shape.head_dim, shape.dtype) for shape in measured}
     precision_jobs = precision_gpu.jobs(options.quick) if "precision" in parts else []
@@ -325,7 +331,9 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     if measured:
         facts["repeatable_backward"] = repeatable(measured[0])
     lap("gate")
-    name = "attention" if "solve" not in parts else "solve"
+    name = "-".join(
+        ["attention" if "solve" not in parts else "solve", *map(str, options.head_dims or ())]
+    )
     results = Results(options.out / f"{name}-{report.slug(facts['gpu'])}", facts)
     for shape in tqdm(shapes if "solve" in parts else [], desc="solve"):
         found = attempt(f"errors of {shape}", partial(errors_of, shape)) or {}
@@ -371,6 +379,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few small shapes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
+    parser.add_argument("--head-dims", type=int, nargs="+", help="shapes of these head sizes only")
     parser.add_argument("--part", choices=("solve", "attention", "precision", "all"), default="all")
     options = parser.parse_args()
     if not torch.cuda.is_available():
