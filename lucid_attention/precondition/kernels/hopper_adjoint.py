@@ -46,6 +46,7 @@ group could get two ahead, the two meet (5, 6).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from triton.experimental import gluon
@@ -438,17 +439,18 @@ def hopper_adjoint(
 ) -> None:  # fmt: skip
     """Write the gradients of values and keys, and ``-sum T`` of every block's halves if there is a strength."""
     call, at, geometry = run.call, run.at, run.call.geometry
-    D, E = call.key_width, call.solution_width
+    D, E = call.key_tile, call.solution_tile
+    keys, values = call.key_width, call.solution_width
     columns = 64 if D == 128 else 128
     kernel = hopper_adjoint_kernel
-    # With a strength there are no registers left for it at D = 128.
-    late = geometry.slots >= LATE_FROM[D] and (strength is None or D == 64)
+    # With a strength there are no registers left for it at D = 128, and with zeros for columns it is slower.
+    late = geometry.slots >= LATE_FROM[D] and (D == 64 or (strength is None and keys == D))
     run.launch(
         kernel, geometry.slots,
         (
             *run.tiles(kernel, lambda: (
-                (at.keys, D, 64), (at.keys, D, columns), (at.gh, E, 64), (at.gh, E, columns),
-                (at.toward, 256, 16),
+                (at.keys, keys, 64, D), (at.keys, keys, columns, D), (at.gh, values, 64, E), (at.gh, values, columns, E),
+                (at.toward, 256, 16, 256),
             )),
             at.inverse, at.live, grad, solution, grad_value, None if strength is None else at.pairs,
             strength, at.table, at.done, at.largest, at.largest_second, at.bad, at.turn, at.ticket,
@@ -463,14 +465,19 @@ def hopper_adjoint(
             "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
         },
     )  # fmt: skip
+
+    def units() -> tuple[int, list[int]]:
+        lengths = (call.width, *geometry.strides(key), *geometry.strides(grad_key))
+        unit = math.gcd(8, *lengths)
+        return unit, [length // unit for length in lengths]
+
     run.launch(
         finish_kernel, 2 * geometry.slots,
         (
             at.toward, key, grad_key, mask, strength, at.table, at.largest, at.largest_second, at.bad,
         ),
         lambda: (
-            *geometry.strides(key), *geometry.strides(grad_key), *geometry.sizes, geometry.headroom,
-            call.width, call.kernel_scale, KEY_EPS,
+            *units()[1], *geometry.sizes, geometry.headroom, call.kernel_scale, KEY_EPS,
         ),
-        lambda: {"D": D, "PACKED": geometry.packed, "num_warps": 8},
+        lambda: {"D": D, "UNIT": units()[0], "PACKED": geometry.packed, "num_warps": 8},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The forward solve for Hopper: one warp that loads, two groups of warps that compute.
 
 The mathematics, the workspaces and the tickets are those of `solve`; this is its form for half
-precision, head sizes of one piece (64 or 128) and blocks of 128 rows. What is different:
+precision, head sizes of 33 to 128 (tiles of 64 or 128 columns) and blocks of 128 rows. What is different:
 
 * A program stays on its multiprocessor and takes tickets until there are none left. It takes a
   ticket when everything for the one before it is loaded, and finishes its tickets in order, so that
@@ -397,14 +397,16 @@ def hopper_solve_kernel(
 def hopper_solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
     """``stages.solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
     call, at, geometry = run.call, run.at, run.call.geometry
-    D, E = call.key_width, call.solution_width
+    D, E = call.key_tile, call.solution_tile
+    keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
     fixed = 128 * D * 2 + 3 * 64 * 64 * 2 + 128 * E * 2
     run.launch(
         kernel, min(multiprocessors(call.device), geometry.slots),
         (
             *run.tiles(kernel, lambda: (
-                (at.keys, D, COLUMNS), (at.solved, E, COLUMNS), (at.solved, E, 64), (at.inverse, 64, 64),
+                (at.keys, keys, COLUMNS, D), (at.solved, solution, COLUMNS, E), (at.solved, solution, 64, E),
+                (at.inverse, 64, 64, 64),
             )),
             value, out, mask, strength, at.table, at.done, at.largest, at.bad, at.ticket,
         ),

@@ -184,14 +184,17 @@ def _shared_layout(bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, 2)
 
 
-def tile_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """A workspace as tiles that TMA copies: halves of 128 bytes swizzled, or float32 as it is."""
+def tile_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A workspace as tiles that TMA copies: halves of 128 bytes swizzled, or float32 as it is.
+
+    Columns that the workspace does not have are zeros when they are loaded, and not stored.
+    """
     # Not by its constructor, whose checks of a caller's shapes cost as much as a launch.
     descriptor = object.__new__(TensorDescriptor)
     height, width = tensor.shape
     descriptor.base = tensor
     descriptor.shape, descriptor.strides = [height, width], [width, 1]
-    descriptor.block_shape = [rows, width]
+    descriptor.block_shape = [rows, columns]
     descriptor.layout = _shared_layout(8 * tensor.element_size())
     descriptor.padding = "zero"
     return descriptor

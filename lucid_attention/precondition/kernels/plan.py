@@ -268,6 +268,10 @@ class Call:
         self.value_pieces = dict(zip(("E1", "E2"), pieces(self.value_width), strict=True))
         self.key_width = sum(self.pieces.values())
         self.solution_width = sum(self.value_pieces.values())
+        # Hopper's kernels have tiles of 64 or 128 columns; what a workspace does not have of them the copy engine
+        # fills with zeros.
+        self.key_tile = 64 if self.key_width <= 64 else 128
+        self.solution_tile = 64 if self.solution_width <= 64 else 128
         self.exact = {"CENTRED": self.plan.centred, "PRECISION": self.plan.precision}
         self.geometry = Geometry(key, self.plan.block, offsets, longest)
         self.device = key.device
@@ -313,17 +317,17 @@ class Run:
         return self.call.parts.tensor(name, self.buffers)
 
     def tiles(
-        self, kernel: Any, wanted: Callable[[], tuple[tuple[Any, int, int], ...]]
+        self, kernel: Any, wanted: Callable[[], tuple[tuple[Any, int, int, int], ...]]
     ) -> tuple[Any, ...]:
         """Parts as tiles that Hopper's copy engine moves, as a kernel's first arguments.
 
         Args:
-            wanted: for each the part, its width, and the rows of a tile.
+            wanted: for each the part, its width, and the rows and columns of a tile, which may be wider.
         """
         from .hopper_tiles import tile_descriptor
 
         if not self.direct:
-            return tuple([tile_descriptor(part.view(-1, w), rows) for part, w, rows in wanted()])
+            return tuple([tile_descriptor(part.view(-1, w), *tile) for part, w, *tile in wanted()])
         # All parts lie in one buffer, so that its address tells theirs.
         where = id(kernel), self.buffers[1].data_ptr()
         known = self.call.tiles.get(where)
@@ -331,7 +335,7 @@ class Run:
             if len(self.call.tiles) >= MOST_TILES:
                 self.call.tiles.clear()
             kept = self.call.kept[id(kernel)]
-            each = [kept.describe(index, part) for index, (part, _, _) in enumerate(wanted())]
+            each = [kept.describe(index, part) for index, (part, *_) in enumerate(wanted())]
             known = self.call.tiles[where] = tuple([x for found in each for x in found])
         return known
 

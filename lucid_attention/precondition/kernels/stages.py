@@ -55,13 +55,12 @@ def _hopper_module(name: str) -> Any:
 
 
 def _hopper(call: Call) -> bool:
-    """Half precision with head sizes of one piece, on a card that has the kernels."""
+    """Half precision with head sizes of 33 to 128, on a card that has the kernels."""
     if call.hopper is None:
-        pieces = (*call.pieces.values(), *call.value_pieces.values())
+        widths = (call.key_width, call.solution_width)
         call.hopper = (
             call.plan.dtype == torch.float16
-            and all(piece in (0, 64, 128) for piece in pieces)
-            and pieces[1] == pieces[3] == 0
+            and all(64 <= width <= 128 for width in widths)
             and _has_hopper_kernels(call.device)
         )
     return call.hopper
@@ -69,7 +68,7 @@ def _hopper(call: Call) -> bool:
 
 def has_fused_adjoint(call: Call) -> bool:
     """Both halves of the key gradient in the adjoint sweep: registers allow values as wide as keys."""
-    return _hopper(call) and call.solution_width <= call.key_width
+    return _hopper(call) and call.solution_tile <= call.key_tile
 
 
 # Memory
@@ -105,7 +104,8 @@ def adjoint_parts(call: Call, *, fused: bool) -> Parts:
     scratch = _prepared(call, geometry)
     scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
     scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
-    scratch["toward"] = geometry.rows(FLOAT, call.key_width)
+    # Hopper's is made of tiles of 64 x 64.
+    scratch["toward"] = geometry.rows(FLOAT, call.key_tile if fused else call.key_width)
     scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
