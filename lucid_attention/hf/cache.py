@@ -456,6 +456,18 @@ class LucidCache(DynamicCache):
             upgrade(self, lucid["layers"], len(self.layers))
 
 
+class _OrderedStream(torch.cuda.Stream):
+    """The stream on which an offloading cache brings back its next layer, after all that the model has asked for so far.
+
+    transformers' own starts at once, while the model may still be writing the layer's copy on the host, or reading from memory of
+    a layer before, which is free as soon as Python lets go of it: on a busy GPU logits were wrong.
+    """
+
+    def __enter__(self) -> Any:
+        self.wait_stream(torch.cuda.default_stream(self.device))
+        return super().__enter__()
+
+
 def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> None:
     """Swaps the *empty* stock layers of `cache` at `lucid_layers` for LUCID layers, in place.
 
@@ -465,6 +477,13 @@ def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) ->
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) < number_of_layers:
             cache.layers.append(DynamicLayer())
+    stream = getattr(cache, "prefetch_stream", None)
+    if (
+        stream is not None
+        and stream.device.type == "cuda"
+        and not isinstance(stream, _OrderedStream)
+    ):
+        cache.prefetch_stream = _OrderedStream(stream.device)
     y_dtype = getattr(cache, "y_dtype", None)
     for index in lucid_layers:
         if index >= len(cache.layers):
