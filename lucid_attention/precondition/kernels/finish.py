@@ -16,7 +16,7 @@ def finish_kernel(
     """RMS-norm's backward, as at the end of ``toward.py``. Grid: half a block a program.
 
     ``width`` and the strides are in ``UNIT``s of entries, so that so many are known to lie together: of rows of 68, which
-    begin at no multiple of 16 bytes, every entry would be moved by itself, at a sixth of the speed.
+    begin at no multiple of 16 bytes, every entry would be moved by itself, at a fifth of the speed.
     """
     width *= UNIT
     program = tl.program_id(0)

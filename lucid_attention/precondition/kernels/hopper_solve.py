@@ -1,7 +1,7 @@
 """The forward solve for Hopper: one warp that loads, two groups of warps that compute.
 
 The mathematics, the workspaces and the tickets are those of `solve`; this is its form for half
-precision, head sizes of 33 to 128 (tiles of 64 or 128 columns) and blocks of 128 rows. What is different:
+precision, tiles of 64 or 128 columns (`stages.HOPPER_WIDTHS`) and blocks of 128 rows. What is different:
 
 * A program stays on its multiprocessor and takes tickets until there are none left. It takes a
   ticket when everything for the one before it is loaded, and finishes its tickets in order, so that

@@ -36,6 +36,9 @@ PREPARED_ROWS = 32
 INVERSE_WARPS = 4
 INVERSE_REGISTERS = {64: 128, 128: 128}
 """By head size, at most so many to a thread: while one program waits for memory, others multiply."""
+HOPPER_WIDTHS = frozenset({(64, 64), (64, 128), (128, 64), (128, 128), (80, 80)})
+"""Of keys and values in workspaces: head sizes of 33 to 64, 97 to 128, and 65 to 80 with values as wide. The kernels compile
+for 96 and other pairs, too; these are compared with float64 on a card in the tests."""
 INT, FLOAT = torch.int32, torch.float32
 
 
@@ -55,12 +58,11 @@ def _hopper_module(name: str) -> Any:
 
 
 def _hopper(call: Call) -> bool:
-    """Half precision with head sizes of 33 to 128, on a card that has the kernels."""
+    """Half precision with head sizes of `HOPPER_WIDTHS`, on a card that has the kernels."""
     if call.hopper is None:
-        widths = (call.key_width, call.solution_width)
         call.hopper = (
             call.plan.dtype == torch.float16
-            and all(64 <= width <= 128 for width in widths)
+            and (call.key_width, call.solution_width) in HOPPER_WIDTHS
             and _has_hopper_kernels(call.device)
         )
     return call.hopper

@@ -26,8 +26,8 @@ from tests.precondition.test_definition import pack
 
 pytestmark = pytest.mark.gpu
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-# 64 and 128 take Hopper's own kernels on such a card, the rest the portable ones.
-WIDTHS = [(64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (256, 256)]
+# The first six take Hopper's own kernels on such a card, the rest the portable ones.
+WIDTHS = [(64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (96, 96), (68, 64), (256, 256)]  # fmt: skip
 SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
 
 
