@@ -22,7 +22,7 @@ class LanguageModel(Experiment):
 
     name = "language-model"
     claim = "lower loss with LUCID without position encoding (paper: .12) and with small heads (.1); with RoPE .013"
-    gpu_minutes = 17.0
+    gpu_minutes = 18.0
     measured = True
     cpu_minutes = None
     version = 4

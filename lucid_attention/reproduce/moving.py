@@ -34,7 +34,7 @@ class Moving(Experiment):
 
     name = "moving"
     claim = "a trained softmax model can be moved to LUCID; a schedule or a learned strength avoids the jump"
-    gpu_minutes = 3.5
+    gpu_minutes = 6.0
     measured = True
     cpu_minutes = None
     version = 5

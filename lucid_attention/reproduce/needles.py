@@ -37,7 +37,7 @@ class Needles(Experiment):
 
     name = "needles"
     claim = "more needles are found, and at longer lengths, than with softmax or with softmax and 10 % more steps"
-    gpu_minutes = 7.5
+    gpu_minutes = 12.0
     measured = True
     cpu_minutes = None
     version = 5

@@ -25,7 +25,8 @@ class Repeat(Experiment):
 
     name = "repeat"
     claim = "two runs of one seed differ because backward passes add in no fixed order; in a fixed order they are equal bit for bit"
-    gpu_minutes = 2.5
+    gpu_minutes = 3.0
+    measured = True
     cpu_minutes = None
     version = 3
     per_seed = True
