@@ -148,15 +148,16 @@ def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(language, "train_cell", counted)
     shared = tmp_path / "shared"
     first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
-    assert len(trained) == 5  # softmax and LUCID, on two texts, and the control
+    assert len(trained) == 6  # softmax and LUCID, on two texts, and the controls
     again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
-    assert len(trained) == 5
+    assert len(trained) == 6
     assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
-    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 5
+    assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 6
     assert not list(shared.glob("tiny/models/*/run/checkpoint-*")) and not (first / "work").exists()
     run("language-model", tmp_path / "more", seeds=2, shared=shared)
-    assert [c.attention for c in trained[5:]] == ["softmax", "lucid", "softmax", "lucid", "lucid"]
-    assert [c.kernel_scale for c in trained[5:]] == [None] * 4 + [1e-6]
+    assert [c.attention for c in trained[6:]] == ["softmax", "lucid"] * 2 + ["lucid"] * 2
+    assert [c.kernel_scale for c in trained[6:]] == [None] * 4 + [1e-6] * 2
+    assert [c.strength for c in trained[6:]] == [1.0] * 5 + [0.25]
 
 
 def test_logs_without_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +356,7 @@ def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
     run("language-model", out, seeds=2, shared=shared, only="text=libraries,seed=2")
     assert {file: file.stat().st_mtime_ns for file in before} == before
     rows = list(csv.DictReader((out / "results.csv").open()))
-    assert {(r["attention"], r["seed"]) for r in rows} == {("softmax", "1"), ("softmax", "2"), ("lucid", "1"), ("lucid", "2"), ("differences", "2")}  # fmt: skip
+    assert {(r["attention"], r["seed"]) for r in rows} == {("softmax", "1"), ("softmax", "2"), ("lucid", "1"), ("lucid", "2"), ("differences", "2"), ("average", "2")}  # fmt: skip
     with pytest.raises(ReproduceError, match=r"version 4, 2 seeds\), not tiny language-model \(version 4, 1 seeds"):  # fmt: skip
         run("language-model", out, seeds=1)
     run("memory", tmp_path / "memory", seeds=1, most_seconds=-1.0)
