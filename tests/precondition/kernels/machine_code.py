@@ -4,8 +4,8 @@
 
 takes (head size, value size, length, Hopper's own kernels or the portable ones, and which of the former's two
 schedules: as for many blocks or for few), or "decode" and `compile_decode`'s arguments, and prints, for each
-kernel, the products whose operand descriptors come from kernel arguments, and whether the assembler gave
-up on running products beside other work. A program of its own: Triton's driver is one to a process.
+kernel, the products whose operand descriptors come from kernel arguments, whether the assembler gave
+up on running products beside other work, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
 """
 
 from __future__ import annotations
@@ -248,6 +248,7 @@ def main() -> None:
                     "products": machine_code(kernel.kernel).count("HGMMA"),
                     "spoiled": spoiled(machine_code(kernel.kernel), copies_only=own),
                     "serialised": own and serialised(kernel.asm["ptx"]),
+                    "single": len(re.findall(r"(?:ld|st)\.global\S*\.b16", kernel.asm["ptx"])),
                 }
             )
     print(json.dumps(report))
