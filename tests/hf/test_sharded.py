@@ -45,13 +45,17 @@ def gradients(model: LlamaForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def worker(rank: int, directory: str) -> None:
+def worker(rank: int, directory: str, backend: str | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=RANKS
     )
     model, ids = model_and_batch()
     mesh = init_device_mesh("cpu", (RANKS,))
+    if backend:  # as accelerate does it for a training with torch_compile: in place, before layers are sharded
+        from accelerate.utils.other import compile_regions_fsdp2
+
+        compile_regions_fsdp2(model, backend=backend)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -59,6 +63,9 @@ def worker(rank: int, directory: str) -> None:
     results = [gradients(model, mine)]
     model.gradient_checkpointing_enable({"use_reentrant": False})
     results.append(gradients(model, mine))
+    if backend:
+        assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     everywhere = strengths(model)
     if rank == 0:
         torch.save(everywhere, f"{directory}/strengths.pt")
@@ -71,8 +78,10 @@ def worker(rank: int, directory: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch with gloo")
-def test_fully_sharded_gradients_equal_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=RANKS)
+@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_fully_sharded_gradients_equal_one_process(backend: str | None, tmp_path: Path) -> None:
+    """Compiled layers, too."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path), backend), nprocs=RANKS)
     model, ids = model_and_batch()
     expected = gradients(model, ids)
     assert torch.equal(torch.load(tmp_path / "strengths.pt"), strengths(model))
