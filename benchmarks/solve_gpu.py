@@ -7,7 +7,7 @@
 
 Writes ``solve-GPU.csv`` (times, memory, errors), ``-stages.csv`` (kernels' shares of a call), ``.json``
 (conditions), ``.md`` (tables) and ``.png`` into ``benchmarks/results`` (or ``--out``), after each shape
-what there is so far; ``attention-GPU.*`` instead with ``--part attention``. ``benchmarks/precision_gpu.py``
+what there is so far; ``solve-68-GPU.*`` with ``--head-dims 68``; ``attention-GPU.*`` instead with ``--part attention``. ``benchmarks/precision_gpu.py``
 writes ``precision-GPU``. Nothing is timed unless all results agree with float64.
 
 Everything goes through the public functions and includes all they do. The rival is PyTorch's causal
@@ -307,9 +307,10 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     if options.head_dims:
         shapes = [shape for shape in shapes if shape.head_dim in options.head_dims]
         attention = [shape for shape in attention if shape.head_dim in options.head_dims]
-        if not shapes + attention:
-            raise SystemExit(f"--head-dims: no shape has {options.head_dims}")
+        parts = parts - {"precision"}  # it has shapes of its own
     measured = (shapes if "solve" in parts else []) + (attention if "attention" in parts else [])
+    if options.head_dims and not measured:
+        raise SystemExit(f"--head-dims: no shape of --part {options.part} has {options.head_dims}")
     kinds = {(shape.head_dim, shape.dtype) for shape in measured}
     precision_jobs = precision_gpu.jobs(options.quick) if "precision" in parts else []
     kinds |= {(job.shape.head_dim, job.shape.dtype) for job in precision_jobs}
@@ -349,7 +350,7 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
             tqdm.write(report.line(results.rows))
             torch.cuda.empty_cache()
         results.write()
-    if "solve" in parts:
+    if any(shape.head_dim in (64, 128) for shape in measured) and "solve" in parts:
         report.plot(results.rows, facts, results.base.with_suffix(".png"))
     lap("attention")
     # After all timing: a profiler that has once been on may leave launches slower.
@@ -379,7 +380,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few small shapes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
-    parser.add_argument("--head-dims", type=int, nargs="+", help="shapes of these head sizes only")
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", help="solve and attention at these head sizes only"
+    )
     parser.add_argument("--part", choices=("solve", "attention", "precision", "all"), default="all")
     options = parser.parse_args()
     if not torch.cuda.is_available():

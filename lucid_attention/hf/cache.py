@@ -304,7 +304,7 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
             ):  # it knows one half precision only
                 values = torch.cat([pending.past, rows], dim=-2)
         # An offloading cache has moved the keys to the host since `update`; the values follow. The
-        # copy blocks: the next prefetch reads the host copy from another stream.
+        # copy blocks: in a compiled step the next prefetch reads the host copy from a stream that does not wait.
         self.values = values.to(self.keys.device)
         if self.values is not values:
             self.buffers = None
@@ -457,7 +457,8 @@ class LucidCache(DynamicCache):
 
 
 class _OrderedStream(torch.cuda.Stream):
-    """The stream on which an offloading cache brings back its next layer, after all that the model has asked for so far.
+    """The stream on which an offloading cache brings back its next layer, after all that the model has asked for so far on the
+    default stream, the one that transformers' way back waits on, too. In a compiled step it is a stream like any other.
 
     transformers' own starts at once, while the model may still be writing the layer's copy on the host, or reading from memory of
     a layer before, which is free as soon as Python lets go of it: on a busy GPU logits were wrong.
@@ -481,6 +482,7 @@ def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) ->
     if (
         stream is not None
         and stream.device.type == "cuda"
+        and not torch.compiler.is_compiling()
         and not isinstance(stream, _OrderedStream)
     ):
         cache.prefetch_stream = _OrderedStream(stream.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import sys
@@ -169,3 +170,11 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         solve_gpu.main()
+
+
+def test_head_sizes_that_no_shape_has(tmp_path: Path) -> None:
+    """Before anything is compiled or written."""
+    options = argparse.Namespace(quick=False, head_dims=[68], part="attention", out=tmp_path)
+    with pytest.raises(SystemExit, match=r"no shape of --part attention has \[68\]"):
+        solve_gpu.run({"attention"}, options)
+    assert not list(tmp_path.iterdir())

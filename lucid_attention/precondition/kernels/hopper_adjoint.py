@@ -443,7 +443,7 @@ def hopper_adjoint(
     keys, values = call.key_width, call.solution_width
     columns = 64 if D == 128 else 128
     kernel = hopper_adjoint_kernel
-    # With a strength there are no registers left for it at D = 128, and with zeros for columns it is slower.
+    # With a strength there are no registers left for it at D = 128, and with zeros for columns it is slower (68 and 80).
     late = geometry.slots >= LATE_FROM[D] and (D == 64 or (strength is None and keys == D))
     run.launch(
         kernel, geometry.slots,
@@ -468,7 +468,8 @@ def hopper_adjoint(
 
     def units() -> tuple[int, list[int]]:
         lengths = (call.width, *geometry.strides(key), *geometry.strides(grad_key))
-        unit = math.gcd(8, *lengths)
+        # Triton's 64-bit numbers are those that need it; divided, they would not, and overflow when multiplied again.
+        unit = 1 if max(lengths) >= 1 << 31 else math.gcd(8, *lengths)
         return unit, [length // unit for length in lengths]
 
     run.launch(

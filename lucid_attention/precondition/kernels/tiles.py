@@ -1,7 +1,7 @@
 """Device functions that the kernels share: two-piece rows, powers of two, waiting for a block.
 
 A head size is held as two pieces, each a power of two of at least 16 (68 is 64 + 16), because a
-tile's sides are powers of two: one padded piece of 128 would double the work. ``D2 = 0`` means that
+tile's sides are powers of two: one padded piece of 128 would double the work (Hopper's kernels do that, and are faster still). ``D2 = 0`` means that
 there is no second piece; its tiles are then stand-ins that nothing reads.
 
 Tiles: R rows of a block, M columns (rows of another block), D head size, E value size.

@@ -26,8 +26,11 @@ from tests.precondition.test_definition import pack
 
 pytestmark = pytest.mark.gpu
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-# The first six take Hopper's own kernels on such a card, the rest the portable ones.
-WIDTHS = [(64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (96, 96), (68, 64), (256, 256)]  # fmt: skip
+# All but the last three take Hopper's own kernels on such a card, these the portable ones.
+WIDTHS = [
+    (64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (80, 80), (67, 67), (72, 66),
+    (96, 96), (68, 64), (256, 256),
+]  # fmt: skip
 SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
 
 
@@ -57,11 +60,12 @@ def test_head_sizes(dtype: torch.dtype, width: int, value_width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 68])
 @pytest.mark.parametrize("seq", [1, 15, 63, 64, 65, 127, 128, 129, 255, 257, 2048, 8192])
 def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
     heads = 2 if seq > 4000 else 5
-    leaves = operands("cos0.8", 1, heads, seq, width, value_width=64, dtype=dtype, device="cuda")
+    value_width = 68 if width == 68 else 64
+    leaves = operands("cos0.8", 1, heads, seq, width, value_width=value_width, dtype=dtype, device="cuda")  # fmt: skip
     exact = run(widened(leaves), "blocked")  # float64; against the reference elsewhere
     got = run(leaves, "triton")
     if dtype == HALF and seq <= 2048:
@@ -145,7 +149,7 @@ def test_schedules_change_no_bit(case: str, width: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 68])
 def test_more_blocks_than_the_card_holds(
     late: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +169,7 @@ def test_more_blocks_than_the_card_holds(
         assert relative_error(g[5:6, 3:4], e) < 1e-2
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 68])
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_nan_stays_where_it_is(place: str, width: int) -> None:
     leaves = operands("cos0.5", 2, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
@@ -182,7 +186,7 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 68])
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
     """Hopper's own kernels with every allocation full of NaN; the portable ones in test_kernels.py."""
@@ -221,7 +225,7 @@ def test_kept_kernels_fit_later_calls(width: int) -> None:
             assert torch.equal(g, e)
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 68])
 def test_gradients_far_below_float16(width: int) -> None:
     leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
     grad = torch.randn(1, 2, 700, width, device="cuda", dtype=BRAIN)
