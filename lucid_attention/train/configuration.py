@@ -52,7 +52,7 @@ class TrainConfig:
         rope_theta: None is 10000, or what the checkpoint has.
         tie_embeddings: whether the output layer is the embedding.
         text: a UTF-8 text file, a .jsonl file with a "text" in every line, a folder, or a pattern (``books/**/*.txt``);
-            every file or line is a document.
+            every file or line is a document. "novel": the one that comes with the package.
         dataset: a name for the ``datasets`` library, instead: ``NAME`` or ``NAME:CONFIGURATION``, with a column "text".
         task: "memory", instead: the updatable memory of `lucid_attention.tasks`, with ``task_options`` ``keys``,
             ``values`` and ``query_share``; or "needles": needles in prose with the tokenizer of ``init_from`` or ``tokenizer``, with

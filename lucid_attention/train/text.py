@@ -12,11 +12,15 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lucid_attention.tasks.novel import packaged_novel
+
 from .configuration import TrainConfig, TrainError
 
 __all__ = ["documents_of", "load_tokenizer", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
+NOVEL = "novel"
+"""The text that comes with the package, where no file or folder has this name."""
 _SAMPLE = 100_000_000
 """Characters that a tokenizer is trained on at most: more changes little and takes long."""
 
@@ -31,6 +35,9 @@ def documents_of(config: TrainConfig) -> Iterator[str]:
         yield from _of_dataset(config.dataset)
         return
     assert config.text is not None
+    if config.text == NOVEL and not Path(NOVEL).exists():
+        yield packaged_novel()
+        return
     for path in _files(config.text):
         if path.suffix == ".jsonl":
             yield from _of_lines(path)
@@ -55,7 +62,9 @@ def _files(source: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     else:
-        raise TrainError(f"text {source}: no such file or folder")
+        raise TrainError(
+            f"text {source}: no such file or folder; expected a text file, a .jsonl file, a folder, a pattern, or {NOVEL}, which comes with the package"
+        )
     if not found:
         raise TrainError(f"text {source}: no files there")
     return found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.train.configuration import TrainConfig, TrainError
 from lucid_attention.train.tasks import MemoryRows, NeedleRows
 from lucid_attention.train.text import documents_of, load_tokenizer, train_tokenizer
@@ -40,10 +41,18 @@ def test_files_folders_patterns_and_lines(tmp_path: Path) -> None:
     assert documents(lines) == ["a ? b"]
 
 
+def test_the_novel_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    assert documents("novel") == [packaged_novel()]
+    (tmp_path / "novel").write_text("mine")
+    assert documents("novel") == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, "no such file or folder"),
+        ("missing.txt", None, "no such file or folder; expected a text file.* or novel"),
         ("latin.txt", "café".encode("latin-1"), "is not UTF-8 text .*iconv"),
         ("zeros.txt", b"a\0b", "is binary"),
         ("rows.jsonl", b'{"text": 3}\n', "line 1: expected a JSON object"),
