@@ -58,16 +58,18 @@ def test_an_offloaded_cache_continues(build, ids):
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss"])
-@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
-def test_offloading_on_a_busy_gpu(family, kind, build, ids):
-    """Where the host is far ahead, a layer is brought back only after it is on the host, into memory that nobody reads."""
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
+def test_offloading_on_a_busy_gpu(family, build, ids):
+    """Where the host is far ahead, a layer is brought back only after it is on the host, into memory that nobody reads.
+
+    Of models whose sliding layers are stock ones: LUCID's own wait for their copies, and so does a static cache.
+    """
     model = enable(build(family, num_hidden_layers=6)).cuda()
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
     expected = model.generate(ids, use_cache=False, **how)
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(3_000_000))
-    actual = model.generate(ids, cache_implementation=kind, disable_compile=True, **how)
+    actual = model.generate(ids, cache_implementation="offloaded", disable_compile=True, **how)
     torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=1e-3, atol=2e-3)  # fmt: skip
 
 
