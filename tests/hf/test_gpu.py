@@ -62,7 +62,7 @@ def test_an_offloaded_cache_continues(build, ids):
 def test_offloading_on_a_busy_gpu(family, build, ids):
     """Where the host is far ahead, a layer is brought back only after it is on the host, into memory that nobody reads.
 
-    Of models whose sliding layers are stock ones: LUCID's own wait for their copies, and so does a static cache.
+    Of models whose sliding layers are stock ones: LUCID's own block until they are copied. Static caches passed without the order, too.
     """
     model = enable(build(family, num_hidden_layers=6)).cuda()
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}  # fmt: skip
