@@ -36,6 +36,9 @@ _SHARED = 226 * 1024
 _RINGS = 128 * 1024
 """All that shared memory holds, 192 KiB, was 3 % slower for large caches: more on its way only waits for each other."""
 
+_HALF_READS = 4000.0
+"""GB/s: of an H100's memory (3350) 64 programs read nearly all, of an H200's (4900) two thirds."""
+
 
 @gluon.jit
 def _wait_for_kernels_before():
@@ -175,14 +178,19 @@ def _compute(
         acc = gl.zeros([E, ROWS], gl.float32, product)
         nothing = gl.zeros([TILE, ROWS], gl.float32, product)
         # By the count of all tiles so far: a place in the rings stays with one group.
-        for i in range(tile - first + ((count & 1) ^ GROUP), stop - first, 2):
+        begin = tile - first + ((count & 1) ^ GROUP)
+        if Mask is not None:
+            # One turn ahead: its way from memory would be on the critical path of every tile.
+            kept = _kept_rows(Mask + wide_b * mask_b, begin * TILE + local, length)
+        for i in range(begin, stop - first, 2):
             at = count + i - (tile - first)
             slot = at % STAGES
             turn = (at // STAGES) & 1
             rows = i * TILE + local
             seen = rows < length
             if Mask is not None:
-                seen = seen & (gl.load(Mask + wide_b * mask_b + rows, mask=seen, other=0) != 0)
+                seen = seen & (kept != 0)
+                kept = _kept_rows(Mask + wide_b * mask_b, rows + 2 * TILE, length)
             mbarrier.wait(key_full.index(slot), turn)
             k = key_ring.index(slot).reshape([TILE, D]).load(left)
             s = warpgroup_mma(k, own_x.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -278,6 +286,12 @@ def _compute(
         tile = stop
 
 
+@gluon.jit
+def _kept_rows(mask, rows, length):
+    """What the key mask says of rows; 0 beyond the length."""
+    return gl.load(mask + rows, mask=rows < length, other=0)
+
+
 @gluon.jit(do_not_specialize=["batch", "heads", "capacity"])
 def hopper_decode_kernel(
     KeyTiles, YTiles,
@@ -364,20 +378,22 @@ def tile_descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def programs_for(
-    multiprocessors: int, chains: int, most_tiles: int, ragged: bool, used: int, e: int
-) -> tuple[int, int]:
+    multiprocessors: int, gb_per_s: float, chains: int, most_tiles: int, ragged: bool, used: int, e: int
+) -> tuple[int, int]:  # fmt: skip
     """How many programs, and how many of them for each head; 0 if the list of tiles is cut regardless of heads.
 
     Two thirds of the multiprocessors are enough to read at the memory's rate, and a program that goes from one
     head to the next pays for it. Multiprocessors come in pairs that share their way to the memory: either each has a program
     or one of each pair, for between the two those that are alone are done early. Half of them, 64 of 132 (their clusters
-    are then filled alike), are taken where parts of ``used`` rows and ``e`` columns are then added up in fewer rounds.
+    are then filled alike), are taken where parts of ``used`` rows and ``e`` columns are then added up in fewer rounds, and
+    where half of them can read at the memory's rate (``gb_per_s``).
     """
     each = multiprocessors // max(1, chains)
     if ragged or each == 0 or 10 * chains * each < 7 * multiprocessors:
         return min(multiprocessors, chains * most_tiles), 0
     each, half = min(each, most_tiles), min(multiprocessors // 16 * 8 // chains, most_tiles)
-    if half > 1 and rounds_of(half, used, e) < rounds_of(each, used, e):
+    worth = gb_per_s < _HALF_READS and half > 1
+    if worth and rounds_of(half, used, e) < rounds_of(each, used, e):
         each = half
     return chains * each, each
 

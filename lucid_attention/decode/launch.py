@@ -119,6 +119,7 @@ def decode(
             tile, stages = hopper.tile_for(rows, d, e, page)
             programs, each = hopper.programs_for(
                 multiprocessors(query.device),
+                memory_rate(query.device),
                 batch * heads,
                 max(1, -(-capacity // tile)),
                 ragged,
@@ -166,6 +167,14 @@ def _tiles(
     row = width * key_cache.element_size() + value_width * y_cache.element_size()
     tile = 64
     return tile, 4, max(1, min(4, 200 * 1024 // (2 * tile * row)))
+
+
+@functools.cache
+def memory_rate(device: torch.device) -> float:
+    """GB/s that the card's memory has by its clock and width."""
+    from triton.testing import get_dram_gbps
+
+    return float(get_dram_gbps(device.index))
 
 
 @functools.cache

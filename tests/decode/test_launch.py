@@ -36,21 +36,27 @@ def test_too_many_rows_or_tokens_are_said() -> None:
 
 
 def test_programs_of_hoppers_kernel() -> None:
-    """All multiprocessors, or half of them where parts are added up in fewer rounds; never more than there are tiles."""
+    """All multiprocessors, or half of them where these read fast enough and parts are added up in fewer rounds; never more than there are tiles."""
     pytest.importorskip("triton")
     from lucid_attention.decode.hopper import programs_for, rounds_of
 
     # By hand: 16 parts at once of 9 rows and 64 columns; 4 of 17 rows and 128 columns, 132 = 12 x 11 and 64 = 8 x 8 of them.
     assert [rounds_of(n, 9, 64) for n in (1, 16, 17, 33, 48, 49)] == [0, 1, 2, 3, 3, 2]
     assert [rounds_of(n, 17, 128) for n in (132, 66, 64, 12)] == [6, 5, 4, 3]
-    assert programs_for(132, 4, 1000, False, 9, 64) == (64, 16)
-    assert programs_for(132, 1, 1000, False, 17, 128) == (64, 64)
-    assert programs_for(132, 8, 1000, False, 5, 128) == (128, 16)
-    assert programs_for(132, 4, 1000, False, 9, 128) == (132, 33)
-    assert programs_for(132, 4, 3, False, 9, 64) == (12, 3)
-    assert programs_for(132, 200, 5, False, 5, 128) == (132, 0)  # more heads than multiprocessors
-    assert programs_for(132, 40, 1000, True, 5, 128) == (132, 0)  # rows of several lengths
+    H100, H200 = 3352.3, 4916.7  # GB/s
+    assert programs_for(132, H100, 4, 1000, False, 9, 64) == (64, 16)
+    assert programs_for(132, H200, 4, 1000, False, 9, 64) == (132, 33)
+    assert programs_for(132, H100, 1, 1000, False, 17, 128) == (64, 64)
+    assert programs_for(132, H200, 1, 1000, False, 17, 128) == (132, 132)
+    assert programs_for(132, H100, 8, 1000, False, 5, 128) == (128, 16)
+    assert programs_for(132, H100, 4, 1000, False, 9, 128) == (132, 33)
+    assert programs_for(132, H100, 4, 3, False, 9, 64) == (12, 3)
+    assert programs_for(132, H100, 200, 5, False, 5, 128) == (
+        132,
+        0,
+    )  # more heads than multiprocessors
+    assert programs_for(132, H100, 40, 1000, True, 5, 128) == (132, 0)  # rows of several lengths
     for chains in range(1, 140):
         for used in (2, 9, 33):
-            programs, each = programs_for(132, chains, 1000, False, used, 128)
+            programs, each = programs_for(132, H100, chains, 1000, False, used, 128)
             assert programs <= 132 and programs == (chains * each if each else 132)

@@ -9,32 +9,32 @@ these are. ``O`` is added to ``Toward`` in global memory, to each block by its p
 its own part is there first, then block ``i - 1`` adds, then ``i - 2``, each when ``Turn`` says so. Programs
 sweep in the same order, so turns are there in time, and every sum has one order.
 
-With few blocks (not ``LATE``) the sweep ends before the next block: first only what dV needs of it, then dV
+With two tiles a block, and with few blocks (not ``LATE``), the sweep ends before the next block: first only what dV needs of it, then dV
 itself, announced, and after that the key gradient's terms of the next block; so the next program waits less.
 The pairs inside the block (``j < i``) come last. Nobody waits for those, except for a turn.
 
 Twelve warps: two groups of four take 64 rows of the block each; one warp loads keys, one loads dV as
 it is announced, two add to ``Toward`` by turns, because one addition takes about as long as the products of
 a tile. ``S`` of the next tile is under way while a tile ends, each product runs beside the arithmetic on
-the one before, and (``LATE``) the groups fill each other's gaps. Tiles have M columns: 64 for 128 features,
-128 for 64. ``hopper_pairs.py`` has what a group does with a tile, ``hopper_couriers.py`` the single warps.
+the one before, and (``LATE``) the groups fill each other's gaps. Tiles have M columns: 64 for 128 features (PARTS,
+tiles of a block, 2), 128 for 64 (PARTS 1). ``hopper_pairs.py`` has what a group does with a tile, ``hopper_couriers.py`` the single warps.
 
 Shared memory (swizzled, but for the last two):
 
-    keys (2, 64, D)   solution (2, 64, E)   key_ring (3, M, D)   grad_ring (2, M, E)
+    keys (2, 64, D)   solution (2, 64, E)   key_ring (KEYS, M, D)   grad_ring (2, M, E)
     pieces: T twice, in tiles of 64 x 64, and between sweeps the block's rows of dV
-    staging: three tiles of 64 x 64 of O   norms (2, 64)
+    staging: BUFFERS tiles of 64 x 64 of O   norms (2, 64)
 
 Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, ``q`` what the
 groups give to the adders, first their O, last their rows of ``toward``, and ``b = 2 q + group``:
 
     own         bytes       once                                   both groups
-    key_full    bytes       n // 3 at n % 3                        both groups
+    key_full    bytes       n // KEYS at n % KEYS                  both groups
     grad_full   bytes       n // 2 at n % 2                        both groups
-    empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + 3 and n + 2
+    empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + KEYS and n + 2
     t_full      2 groups    u, T is in pieces                      both groups, before their O
-    o_full      1 group     b // 3 at b % 3                        the adder of q
-    o_empty     its adder   b // 3 at b % 3                        whose buffer it is next, before b + 3
+    o_full      1 group     b // BUFFERS at b % BUFFERS            the adder of q
+    o_empty     its adder   b // BUFFERS at b % BUFFERS            whose buffer it is next, before b + BUFFERS
     stored      odd adder   its stores and additions are done      the even adder, before ``toward``
     meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 read, 4 free
                             again, 5 all O handed over, 6 half of ``toward``, too (D = 128)
@@ -63,9 +63,7 @@ from ..numerics import KEY_EPS
 from .finish import finish_kernel
 from .hopper_couriers import add_up, load_grads, load_keys
 from .hopper_pairs import (
-    BUFFERS,
     GRAD_STAGES,
-    KEY_STAGES,
     USED,
     hand_over,
     last_half,
@@ -88,11 +86,11 @@ from .plan import SHIFT_BACKWARD, rounds
 if TYPE_CHECKING:
     from .plan import Run
 
-LATE_FROM = {64: 1024, 128: 1536}
-"""From this many blocks on, by head size, ``O`` comes a tile late (`hopper_pairs.py`).
+LATE_FROM = 1024
+"""At D = 64, from this many blocks on, ``O`` comes a tile late (`hopper_pairs.py`).
 
-Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to
-the next, which is longer so (a chain of 8K tokens: by 19 %).
+Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to the next,
+which is longer so. At D = 128 the other schedule is faster for any number of blocks, since it has a fourth buffer.
 """
 
 
@@ -347,7 +345,7 @@ def hopper_adjoint_kernel(
     grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
     heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
-    SHIFT: gl.constexpr, LATE: gl.constexpr,
+    SHIFT: gl.constexpr, LATE: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs."""
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
@@ -379,14 +377,14 @@ def hopper_adjoint_kernel(
     swizzled: gl.constexpr = KeyRows.layout
     keys = gl.allocate_shared_memory(gl.float16, [2, 64, D], swizzled)
     solution = gl.allocate_shared_memory(gl.float16, [2, 64, E], swizzled)
-    key_ring = gl.allocate_shared_memory(gl.float16, [KEY_STAGES, M, D], swizzled)
+    key_ring = gl.allocate_shared_memory(gl.float16, [KEYS, M, D], swizzled)
     grad_ring = gl.allocate_shared_memory(gl.float16, [GRAD_STAGES, M, E], swizzled)
     pieces = gl.allocate_shared_memory(gl.float16, [4 * (M // 64), 64, 64], swizzled)
     staging = gl.allocate_shared_memory(gl.float32, [BUFFERS, 16, 256], Toward.layout)
     norms = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     single: gl.constexpr = mbarrier.MBarrierLayout()
     own = gl.allocate_shared_memory(gl.int64, [1], single)
-    key_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], single)
+    key_full = gl.allocate_shared_memory(gl.int64, [KEYS, 1], single)
     grad_full = gl.allocate_shared_memory(gl.int64, [GRAD_STAGES, 1], single)
     empty = gl.allocate_shared_memory(gl.int64, [USED, 1], single)
     t_full = gl.allocate_shared_memory(gl.int64, [1], single)
@@ -398,7 +396,7 @@ def hopper_adjoint_kernel(
     mbarrier.init(t_full, count=2)
     mbarrier.init(meet, count=2)
     mbarrier.init(stored, count=1)
-    for index in gl.static_range(KEY_STAGES):
+    for index in gl.static_range(KEYS):
         mbarrier.init(key_full.index(index), count=1)
     for index in gl.static_range(GRAD_STAGES):
         mbarrier.init(grad_full.index(index), count=1)
@@ -443,8 +441,10 @@ def hopper_adjoint(
     keys, values = call.key_width, call.solution_width
     columns = 64 if D == 128 else 128
     kernel = hopper_adjoint_kernel
-    # With a strength there are no registers left for it at D = 128, and with zeros for columns it is slower (68 and 80).
-    late = geometry.slots >= LATE_FROM[D] and (D == 64 or (strength is None and keys == D))
+    late = D == 64 and geometry.slots >= LATE_FROM
+    # A block of two tiles owes the next but one four parts: with three buffers its dV waits until the block after it has given
+    # its own, which that block does last. Shared memory has room for the fourth if keys have two stages.
+    stages, buffers = (3, 3) if D == 64 else (2, 4)
     run.launch(
         kernel, geometry.slots,
         (
@@ -462,7 +462,7 @@ def hopper_adjoint(
         ),
         lambda: {
             "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "PACKED": geometry.packed,
-            "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
+            "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "KEYS": stages, "BUFFERS": buffers, "num_warps": 4,
         },
     )  # fmt: skip
 

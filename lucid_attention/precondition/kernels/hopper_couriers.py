@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_pairs import GRAD_STAGES, KEY_STAGES, USED, buffer_of
+from .hopper_pairs import GRAD_STAGES, USED, buffer_of, place_in
 from .hopper_tiles import look_at, reduce_add, stores_done, wait_for
 
 
@@ -55,8 +55,8 @@ def load_keys(
             _prefetch(Grad, grad_n, count, WIDTH)
         step = tile // PARTS
         step = gl.where(step < need, step, step - late)
-        stage = tile % KEY_STAGES
-        _wait_for_room(empty, tile, KEY_STAGES)
+        stage, _ = place_in(key_ring, tile)
+        _wait_for_room(empty, tile, key_ring.shape[0])
         mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
         at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
         tma.async_copy_global_to_shared(
@@ -88,14 +88,14 @@ def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
 def _give(Toward, row, step, staging, o_full, o_empty, push, add):
     """Add, or store, the two groups' tiles of a push; their buffers are free on return."""
     for w in gl.static_range(2):
-        at, phase = buffer_of(push, w)
+        at, phase = buffer_of(staging, push, w)
         mbarrier.wait(o_full.index(at), phase)
         if add:
             reduce_add(Toward, [row + w * step, 0], staging.index(at))
         else:
             tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at))
     for w in gl.static_range(2):
-        at, phase = buffer_of(push, w)
+        at, phase = buffer_of(staging, push, w)
         tma.store_wait(1 - w)
         mbarrier.arrive(o_empty.index(at))
 

@@ -13,34 +13,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_tiles import accumulator, anew, exp2, halves, operand
 
-KEY_STAGES = gl.constexpr(3)
 GRAD_STAGES = gl.constexpr(2)
-"""Tiles of columns that are held, or on their way, at a time: keys are asked for a tile ahead."""
+"""Tiles of columns whose dV is held, or on its way, at a time; of keys there are two or three, asked for a tile ahead."""
 USED = gl.constexpr(4)
 """Barriers that say of a tile that it was used, in turn: more than there are stages."""
-BUFFERS = gl.constexpr(3)
-"""Tiles of 64 x 64 on their way to the adders, in the order group 0, group 1 of every push."""
 CHUNK = gl.constexpr(64)
 
 
 @gluon.jit
-def ring3(n):
-    """``n % 3`` and whether ``n // 3`` is odd, in few uniform operations, for any ``n`` below 2^31."""
-    m = (n & 0xFFFF) + (n >> 16)  # 2^16 is 1 modulo 3
-    place = m - 3 * ((m.to(gl.uint32) * 43691) >> 17).to(gl.int32)
-    return place, (n - place) & 1
+def place_in(ring, n):
+    """``n % size`` and whether ``n // size`` is odd, in few uniform operations, for any ``n`` below 2^31; 2 to 4 places."""
+    SIZE: gl.constexpr = ring.shape[0]
+    if SIZE == 3:
+        m = (n & 0xFFFF) + (n >> 16)  # 2^16 is 1 modulo 3
+        place = m - 3 * ((m.to(gl.uint32) * 43691) >> 17).to(gl.int32)
+        parity = (n - place) & 1
+    else:
+        place = n % SIZE
+        parity = n // SIZE & 1
+    return place, parity
 
 
 @gluon.jit
-def buffer_of(push, W: gl.constexpr):
+def buffer_of(staging, push, W: gl.constexpr):
     """Which buffer a group's part of a push takes, and the parity of how often it was taken before."""
-    return ring3(2 * push + W)
+    return place_in(staging, 2 * push + W)
 
 
 @gluon.jit
-def claim(o_empty, push, W: gl.constexpr):
+def claim(staging, o_empty, push, W: gl.constexpr):
     """The buffer for a group's part of a push, once the adder has read what was there."""
-    at, phase = buffer_of(push, W)
+    at, phase = buffer_of(staging, push, W)
     mbarrier.wait(o_empty.index(at), phase ^ 1)
     return at
 
@@ -56,7 +59,7 @@ def put(x, staging, at):
 @gluon.jit
 def hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
     """Give a tile of 64 x 64 to the adder of the push."""
-    at = claim(o_empty, push, W)
+    at = claim(staging, o_empty, push, W)
     put(x, staging, at)
     fence_async_shared()
     mbarrier.arrive(o_full.index(at))
@@ -65,11 +68,7 @@ def hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
 @gluon.jit
 def similarity(own, ring, full, tile, pred):
     """Start ``own . tile^T`` once the tile is there; with ``pred`` false it is on whatever is there."""
-    if ring.shape[0] == 3:
-        stage, phase = ring3(tile)
-    else:
-        stage = tile % 2
-        phase = tile // 2 & 1
+    stage, phase = place_in(ring, tile)
     mbarrier.wait(full.index(stage), phase, pred=pred)
     M: gl.constexpr = ring.shape[1]
     zero = gl.zeros([64, M], gl.float32, accumulator(M))
@@ -121,7 +120,7 @@ def sweep_tile(
     """
     M: gl.constexpr = key_ring.shape[1]
     D: gl.constexpr = key_ring.shape[2]
-    key_stage, _ = ring3(tile)
+    key_stage, _ = place_in(key_ring, tile)
     grad_stage = tile % GRAD_STAGES
     used = tile % USED
     zero = anew()
@@ -165,7 +164,7 @@ def sweep_tile(
         pieces.index(place + 1).store(t2)
     if LATE and FOLLOWS:
         o = warpgroup_mma_wait(2, deps=[o])
-        at = claim(o_empty, use - 1, W)
+        at = claim(staging, o_empty, use - 1, W)
         put(o * unscale, staging, at)  # one fence for both: it takes a tenth of a tile's time
     fence_async_shared()
     mbarrier.arrive(t_full)

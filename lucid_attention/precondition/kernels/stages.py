@@ -36,9 +36,9 @@ PREPARED_ROWS = 32
 INVERSE_WARPS = 4
 INVERSE_REGISTERS = {64: 128, 128: 128}
 """By head size, at most so many to a thread: while one program waits for memory, others multiply."""
-HOPPER_WIDTHS = frozenset({(64, 64), (64, 128), (128, 64), (128, 128), (80, 80)})
-"""Of keys and values in workspaces: head sizes of 33 to 64 and 97 to 128, and 65 to 80 where both are. The kernels compile for 96
-and other pairs, too, which no test has compared with float64 on a card; of 65 to 80, 68 has been."""
+HOPPER_WIDTHS = frozenset({(64, 64), (64, 128), (128, 64), (128, 128), (80, 80), (96, 96)})
+"""Of keys and values in workspaces: head sizes of 33 to 64 and 97 to 128, and 65 to 80 or 81 to 96 where both are. The kernels compile
+for other pairs, too, which no test has compared with float64 on a card."""
 INT, FLOAT = torch.int32, torch.float32
 
 
@@ -97,7 +97,7 @@ def solve_parts(call: Call) -> Parts:
 
 
 def adjoint_parts(call: Call, *, fused: bool) -> Parts:
-    """Memory in units of the values', fused: gh 1 and toward 2; with head sizes of 65 to 80 up to 1.2 and 3.9."""
+    """Memory in units of the values', fused: gh 1 and toward 2; with head sizes of 65 to 96 up to 1.2 and 3.9."""
     geometry, plan = call.geometry, call.plan
     zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
     # Programs of Hopper's adjoint report by halves of a block, and pass on turns to add.

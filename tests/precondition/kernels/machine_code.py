@@ -159,7 +159,7 @@ def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool
     from lucid_attention.precondition.kernels import launch, plan, stages
 
     adjoint: Any = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
-    adjoint.LATE_FROM = dict.fromkeys((64, 128), 0 if late else 1 << 30)
+    adjoint.LATE_FROM = 0 if late else 1 << 30
     plan._calls.clear()
 
     stages._has_hopper_kernels = lambda device: hopper  # type: ignore[assignment]
@@ -182,6 +182,7 @@ def compile_decode(
     from lucid_attention.decode import launch
 
     launch.multiprocessors = launch.slots = lambda device: 132  # type: ignore[assignment]
+    launch.memory_rate = lambda device: 3350.0  # type: ignore[assignment]
     serves = importlib.import_module("lucid_attention.decode.hopper").serves
     launch.is_hoppers = lambda *caches: hopper and serves(*caches)
     batch, heads, rows = 3, 2, 1024

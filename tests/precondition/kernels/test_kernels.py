@@ -76,13 +76,12 @@ def half_inside(leaves: list[Tensor], strength: Tensor | None = None) -> list[Te
 
     def substitute(matrix: Tensor, right: Tensor) -> Tensor:
         unit = 2.0 ** torch.floor(torch.log2(right.abs().amax().clamp(min=1e-30)))
-        rows: list[Tensor] = []
+        found = torch.zeros_like(right)
         for i in range(seq):
             row = right[..., i : i + 1, :]
-            if rows:
-                row = row - factor * matrix[..., i : i + 1, :i] @ torch.cat(rows, -2)
-            rows.append(rounded(row / unit) * unit)
-        return torch.cat(rows, -2)
+            row = row - factor * matrix[..., i : i + 1, :i] @ found[..., :i, :]
+            found[..., i : i + 1, :] = rounded(row / unit) * unit
+        return found
 
     y = substitute(p, value)
     grad = torch.cos(torch.arange(y.numel(), device=y.device)).view(y.shape).to(leaves[0].dtype)

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("machine_code.py")
 PORTABLE = [(16, 16), (17, 40), (24, 64), (64, 32), (68, 68), (100, 56), (128, 68), (160, 36), (256, 256)]  # fmt: skip
-HOPPER = [(64, 64), (128, 128), (128, 64), (64, 128)]
+HOPPER = [(64, 64), (128, 128), (128, 64), (64, 128), (68, 68), (96, 96)]
 
 
 def report_of(*jobs: object) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def test_portable_kernels(sizes: tuple[int, int]) -> None:
     assert all(line["products"] for line in found if line["kernel"] == "solve_kernel")
 
 
-@pytest.mark.parametrize(("sizes", "late"), [*itertools.product(HOPPER, (False, True)), ((68, 68), False)])  # fmt: skip
+@pytest.mark.parametrize(("sizes", "late"), [*itertools.product(HOPPER, (False,)), ((64, 64), True)])  # fmt: skip
 def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     found = report_of([*sizes, 300, True, late])
     names = {line["kernel"] for line in found}

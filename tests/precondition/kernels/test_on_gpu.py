@@ -26,15 +26,15 @@ from tests.precondition.test_definition import pack
 
 pytestmark = pytest.mark.gpu
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
-# All but the last three take Hopper's own kernels on such a card, these the portable ones.
+# All but the last two take Hopper's own kernels on such a card, these the portable ones.
 WIDTHS = [
     (64, 64), (128, 128), (64, 128), (128, 64), (100, 56), (68, 68), (80, 80), (67, 67), (72, 66),
-    (96, 96), (68, 64), (256, 256),
+    (84, 90), (96, 96), (68, 64), (256, 256),
 ]  # fmt: skip
 SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
 
 
-@pytest.mark.parametrize("width", [64, 68, 128])
+@pytest.mark.parametrize("width", [64, 68, 96, 128])
 @pytest.mark.parametrize("kind", HARD_KEYS)
 def test_hard_keys(kind: str, width: int) -> None:
     leaves = operands(kind, 1, 2, 1000, width, value_width=width, dtype=HALF, device="cuda")
@@ -60,15 +60,15 @@ def test_head_sizes(dtype: torch.dtype, width: int, value_width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
-@pytest.mark.parametrize("width", [64, 128, 68])
+@pytest.mark.parametrize("width", [64, 128, 68, 96])
 @pytest.mark.parametrize("seq", [1, 15, 63, 64, 65, 127, 128, 129, 255, 257, 2048, 8192])
 def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
     heads = 2 if seq > 4000 else 5
-    value_width = 68 if width == 68 else 64
+    value_width = width if width in (68, 96) else 64
     leaves = operands("cos0.8", 1, heads, seq, width, value_width=value_width, dtype=dtype, device="cuda")  # fmt: skip
     exact = run(widened(leaves), "blocked")  # float64; against the reference elsewhere
     got = run(leaves, "triton")
-    if dtype == HALF and seq <= 2048:
+    if dtype == HALF:
         for index, (g, e, y) in enumerate(zip(got, exact, half_inside(leaves), strict=True)):
             close(g, e, y, vanishing(leaves, exact) if seq == 1 and index == 1 else None)
         return
@@ -76,7 +76,7 @@ def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
         if seq == 1 and index == 1:
             assert not g.any()
         else:
-            assert relative_error(g, e) < (6e-3 if dtype == HALF else 1e-5)
+            assert relative_error(g, e) < 1e-5
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 40, 20])
@@ -122,14 +122,13 @@ def test_layouts(case: str, width: int) -> None:
         assert torch.equal(g, e)
 
 
-@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("case", ["padded", "packed", "strength", "long"])
-def test_schedules_change_no_bit(case: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_change_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a block gives what it owes to the others is a matter of speed."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("Hopper's own kernels need a Hopper card")
     seq = 3000 if case == "long" else 700
-    leaves = operands("cos0.5", 1, 5, seq, width, value_width=width, dtype=BRAIN, device="cuda")
+    leaves = operands("cos0.5", 1, 5, seq, 64, value_width=64, dtype=BRAIN, device="cuda")
     options: dict[str, Any] = {}
     if case == "padded":
         options["key_mask"] = torch.rand(1, seq, device="cuda") > 0.4
@@ -141,21 +140,22 @@ def test_schedules_change_no_bit(case: str, width: int, monkeypatch: pytest.Monk
         leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
     adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
     expected = run(leaves, "triton", **options)
-    monkeypatch.setattr(adjoint, "LATE_FROM", {64: 0, 128: 0})
+    monkeypatch.setattr(adjoint, "LATE_FROM", 0)
     monkeypatch.setattr(plan, "_calls", {})  # which schedule it is is kept with a call
     for _ in range(3):
         for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
             assert torch.equal(g, e)
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("width", [64, 128, 68])
+@pytest.mark.parametrize(
+    ("width", "late"), [(64, False), (64, True), (68, False), (96, False), (128, False)]
+)
 def test_more_blocks_than_the_card_holds(
-    late: bool, width: int, monkeypatch: pytest.MonkeyPatch
+    width: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several rounds of programs: each takes up what the one before it left in barriers and buffers."""
     adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
-    monkeypatch.setattr(adjoint, "LATE_FROM", dict.fromkeys((64, 128), 0 if late else 1 << 30))
+    monkeypatch.setattr(adjoint, "LATE_FROM", 0 if late else 1 << 30)
     monkeypatch.setattr(plan, "_calls", {})
     leaves = operands("cos0.5", 8, 8, 4000, width, value_width=width, dtype=BRAIN, device="cuda")
     expected = run(leaves, "triton")
