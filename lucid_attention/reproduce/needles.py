@@ -150,7 +150,7 @@ class Needles(Experiment):
         counts = sorted({row["needles"] for row in rows})
         lengths = sorted({row["length"] for row in rows})
         sides = [side for side in SIDES if any(row["attention"] == side for row in rows)]
-        figure, axes = panels(len(sides), width=3.8, height=3.4)
+        figure, axes = panels(len(sides), columns=5, width=3.4, height=3.4)
         for axis, side in zip(axes, sides, strict=True):
             axis.grid(False)
             table: list[list[float]] = []
@@ -165,5 +165,5 @@ class Needles(Experiment):
             axis.set_yticks(range(len(counts)), [str(n) for n in counts])
             axis.set(title=side, xlabel="tokens")
         axes[0].set_ylabel("needles")
-        figure.colorbar(shown, ax=axes[-1], label="accuracy")
+        figure.colorbar(shown, ax=axes, label="accuracy")
         return as_png(figure)

@@ -18,8 +18,9 @@ class Tuning(Experiment):
 
     name = "tuning"
     claim = "the learning rate of all experiments with language models suits both attentions alike"
-    gpu_minutes = 11.0
+    gpu_minutes = 17.0
     cpu_minutes = None
+    measured = True
     version = 3
     per_seed = True
 
@@ -76,12 +77,14 @@ class Tuning(Experiment):
     def plot(self, rows: list[Row]) -> bytes:
         """Held-out loss against the rate, every seed a line."""
         positions = list(dict.fromkeys(row["position"] for row in rows))
+        rates = sorted({row["rate"] for row in rows})
         figure, axes = panels(len(positions), width=4.2, height=3.6)
         for axis, position in zip(axes, positions, strict=True):
             for attention, colour in COLOURS.items():
                 mine = [r for r in rows if (r["position"], r["attention"]) == (position, attention)]
                 seed_lines(axis, mine, "rate", "loss", label=attention, color=colour, marker="o", ms=3)  # fmt: skip
             axis.set_xscale("log", base=2)
+            axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axis.set(title=position, xlabel="learning rate")
         axes[0].set_ylabel("held-out loss")
         legend(axes)
