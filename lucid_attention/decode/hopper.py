@@ -36,8 +36,8 @@ _SHARED = 226 * 1024
 _RINGS = 128 * 1024
 """All that shared memory holds, 192 KiB, was 3 % slower for large caches: more on its way only waits for each other."""
 
-_HALF_READS = 4000.0
-"""GB/s: of an H100's memory (3350) 64 programs read nearly all, of an H200's (4900) two thirds."""
+_EACH_READS = 55.0
+"""GB/s of memory for each program, up to which half as many lose little: an H100's 64 have 52, an H200's 77, and read 43."""
 
 
 @gluon.jit
@@ -382,7 +382,7 @@ def programs_for(
 ) -> tuple[int, int]:  # fmt: skip
     """How many programs, and how many of them for each head; 0 if the list of tiles is cut regardless of heads.
 
-    Two thirds of the multiprocessors are enough to read at the memory's rate, and a program that goes from one
+    Two thirds of an H100's multiprocessors are enough to read at its memory's rate, and a program that goes from one
     head to the next pays for it. Multiprocessors come in pairs that share their way to the memory: either each has a program
     or one of each pair, for between the two those that are alone are done early. Half of them, 64 of 132 (their clusters
     are then filled alike), are taken where parts of ``used`` rows and ``e`` columns are then added up in fewer rounds, and
@@ -392,7 +392,7 @@ def programs_for(
     if ragged or each == 0 or 10 * chains * each < 7 * multiprocessors:
         return min(multiprocessors, chains * most_tiles), 0
     each, half = min(each, most_tiles), min(multiprocessors // 16 * 8 // chains, most_tiles)
-    worth = gb_per_s < _HALF_READS and half > 1
+    worth = half > 1 and gb_per_s <= _EACH_READS * half * chains
     if worth and rounds_of(half, used, e) < rounds_of(each, used, e):
         each = half
     return chains * each, each

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -51,12 +53,11 @@ def test_programs_of_hoppers_kernel() -> None:
     assert programs_for(132, H100, 8, 1000, False, 5, 128) == (128, 16)
     assert programs_for(132, H100, 4, 1000, False, 9, 128) == (132, 33)
     assert programs_for(132, H100, 4, 3, False, 9, 64) == (12, 3)
-    assert programs_for(132, H100, 200, 5, False, 5, 128) == (
-        132,
-        0,
-    )  # more heads than multiprocessors
-    assert programs_for(132, H100, 40, 1000, True, 5, 128) == (132, 0)  # rows of several lengths
-    for chains in range(1, 140):
-        for used in (2, 9, 33):
-            programs, each = programs_for(132, H100, chains, 1000, False, used, 128)
-            assert programs <= 132 and programs == (chains * each if each else 132)
+    # More heads than multiprocessors; rows of several lengths.
+    assert programs_for(132, H100, 200, 5, False, 5, 128) == (132, 0)
+    assert programs_for(132, H100, 40, 1000, True, 5, 128) == (132, 0)
+    for rate in (H100, H200, math.inf):
+        for chains in range(1, 140):
+            for used in (2, 9, 33):
+                programs, each = programs_for(132, rate, chains, 1000, False, used, 128)
+                assert programs <= 132 and programs == (chains * each if each else 132)

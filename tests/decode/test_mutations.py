@@ -48,6 +48,7 @@ ON_HOPPER = {
     "keys not normalised": ("hopper", "gl.where(is_key[None, :], inverse_rms[:, None], 1.0)", "1.0"),
     "group 1 left out": ("hopper", "acc * fade[None, :] + their_acc * their_fade[None, :]", "acc * fade[None, :]"),
     "padding seen": ("hopper", "seen = seen & (kept != 0)", "seen = seen | (kept != 0)"),
+    "a mask of another turn": ("hopper", "_kept_rows(Mask + wide_b * mask_b, rows + 2 * TILE, length)", "_kept_rows(Mask + wide_b * mask_b, rows + TILE, length)"),
     "parts do not fade": ("hopper_finish", "sums * gl.expand_dims(fades, 2), axis=0", "sums, axis=0"),
     "new tokens do not see each other": ("hopper_finish", "acc = acc * fade[:, None] + w[:, None] * y[None, :]", "acc = acc * fade[:, None]"),
     "a half left out": ("hopper_finish", "first_column: gl.constexpr = GROUP * HALF", "first_column: gl.constexpr = 0 * HALF"),

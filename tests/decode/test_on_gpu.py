@@ -38,8 +38,10 @@ def random(batch: int, heads: int, group: int, width: int, rows: int, tokens: in
         Case((1500, 700), width=128, value_width=64, group=2, page=256, sinks=True, softcap=5.0),
         Case((1500, 64), width=128, value_width=128, group=4, dtype=torch.bfloat16, y_dtype=torch.bfloat16),
         Case(tuple(range(0, 3000, 60)), width=64, value_width=64, group=4),
+        Case((9000, 9000), width=64, value_width=64, group=4, kv_heads=8, uniform=True, padding="anywhere"),
+        Case(tuple(range(400, 3000, 40)), width=128, value_width=128, group=2, kv_heads=4, padding="anywhere"),
     ],
-    ids=["ragged", "one length", "D 256", "pages of 64", "pages of 256", "Y in bfloat16", "50 rows"],
+    ids=["ragged", "one length", "D 256", "pages of 64", "pages of 256", "Y in bfloat16", "50 rows", "padded", "65 padded rows"],
 )  # fmt: skip
 def test_hoppers_own_kernel(case: Case, tokens: int) -> None:
     """Long enough for several programs a head; unequal lengths go through the list of tiles."""
@@ -186,3 +188,8 @@ def test_a_large_y_becomes_infinite_rather_than_wrong() -> None:
     assert bool(y_cache[0, 0, 50].isinf().all())
     assert bool(lucid_attention_with_kvcache(*new, key_cache, y_cache, 51, impl="triton").isnan().any())  # fmt: skip
     assert bool(out.isfinite().all())
+
+
+def test_the_memorys_rate_is_known() -> None:
+    """Of any card that these kernels run on: 300 GB/s to 20 TB/s."""
+    assert 300 < launch.memory_rate(torch.device("cuda", 0)) < 20000

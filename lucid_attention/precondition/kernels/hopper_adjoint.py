@@ -9,7 +9,7 @@ these are. ``O`` is added to ``Toward`` in global memory, to each block by its p
 its own part is there first, then block ``i - 1`` adds, then ``i - 2``, each when ``Turn`` says so. Programs
 sweep in the same order, so turns are there in time, and every sum has one order.
 
-With two tiles a block, and with few blocks (not ``LATE``), the sweep ends before the next block: first only what dV needs of it, then dV
+With two tiles a block, or few blocks (not ``LATE``), the sweep ends before the next block: first only what dV needs of it, then dV
 itself, announced, and after that the key gradient's terms of the next block; so the next program waits less.
 The pairs inside the block (``j < i``) come last. Nobody waits for those, except for a turn.
 
@@ -40,8 +40,8 @@ groups give to the adders, first their O, last their rows of ``toward``, and ``b
                             again, 5 all O handed over, 6 half of ``toward``, too (D = 128)
 
 Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has waited for its O of u,
-which reads the same buffer. A wait tells a phase from the next one only, not from the one after: where a
-group could get two ahead, the two meet (5, 6).
+which reads the same buffer. A wait tells a phase from the next one only, not from the one after: where, with
+three buffers, a group could get two ahead, the two meet (5, 6).
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ if TYPE_CHECKING:
 LATE_FROM = 1024
 """At D = 64, from this many blocks on, ``O`` comes a tile late (`hopper_pairs.py`).
 
-Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to the next,
-which is longer so. At D = 128 the other schedule is faster for any number of blocks, since it has a fourth buffer.
+Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to
+the next, which is longer so. At D = 128 the other schedule is as fast or faster since it has a fourth buffer
+(16 chains of 8K and 16K: 1 to 3 % slower in one run of two).
 """
 
 
@@ -295,31 +296,32 @@ def _group(
     tiles = (late + 1) * PARTS
     zero = anew()
     s = similarity(keys.index(W + zero), key_ring, key_full, tile + zero, True)
-    if LATE:
-        edge = gl.where(late > 0, 128, (PARTS - 1) * M - 64 * W)
+    if LATE:  # one tile, the block's own
+        edge = gl.to_tensor(-64 * W)
         if SUM:  # not a constant: products that are known to count would be added unrounded, other than below
             edge += anew()
         s, acc, toward, total = sweep_tile(
-            s, acc, toward, total, tile, sweep, tiles > 1, edge,
+            s, acc, toward, total, tile, sweep, False, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,
             key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
             W, False, True, SUM, True, False,
         )  # fmt: skip
-    for step in range(LATE, tiles):
-        inner = step - (tiles - PARTS)
-        edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
-        s, acc, toward, total = sweep_tile(
-            s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
-            keys, solution, key_ring, grad_ring, pieces, staging,
-            key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-            W, False, True, SUM, LATE, True,
-        )  # fmt: skip
+    else:
+        for step in range(tiles):
+            inner = step - (tiles - PARTS)
+            edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
+            s, acc, toward, total = sweep_tile(
+                s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
+                keys, solution, key_ring, grad_ring, pieces, staging,
+                key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
+                W, False, True, SUM, False, True,
+            )  # fmt: skip
     warpgroup_mma_wait(0, deps=[s])
     if LATE:
-        last = sweep + tiles - 1
-        last_half(last, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
-    # A buffer goes from one group to the other and back. Who takes it waits for one use to be over, and cannot tell
-    # it from the use before that: so the other group must have taken it, which here only a meeting says.
+        last_half(sweep, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+    # Of three buffers each goes from one group to the other and back. Who takes it waits for one use to be over, and cannot
+    # tell it from the use before that: so the other group must have taken it, which here only a meeting says. Of four each is
+    # one group's own, and the meetings could go.
     toward = toward * unscale
     mbarrier.arrive(meet)
     mbarrier.wait(meet, 1)

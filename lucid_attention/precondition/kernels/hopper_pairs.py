@@ -16,7 +16,7 @@ from .hopper_tiles import accumulator, anew, exp2, halves, operand
 GRAD_STAGES = gl.constexpr(2)
 """Tiles of columns whose dV is held, or on its way, at a time; of keys there are two or three, asked for a tile ahead."""
 USED = gl.constexpr(4)
-"""Barriers that say of a tile that it was used, in turn: more than there are stages."""
+"""Barriers that say of a tile that it was used, in turn: no fewer than there are stages, and a power of two."""
 CHUNK = gl.constexpr(64)
 
 

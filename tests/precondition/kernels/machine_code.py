@@ -3,7 +3,7 @@
     python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true, false]]'
 
 takes (head size, value size, length, Hopper's own kernels or the portable ones, and which of the former's two
-schedules: as for many blocks or for few), or "decode" and `compile_decode`'s arguments, and prints, for each
+schedules, for head sizes up to 64: as for many blocks or for few), or "decode" and `compile_decode`'s arguments, and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, whether the assembler gave
 up on running products beside other work, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
 """

@@ -79,7 +79,7 @@ def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
             assert relative_error(g, e) < 1e-5
 
 
-@pytest.mark.parametrize("width", [64, 128, 68, 40, 20])
+@pytest.mark.parametrize("width", [64, 128, 68, 84, 40, 20])
 @pytest.mark.parametrize("case", ["left", "right", "anywhere", "packed", "strength", "past"])
 def test_layouts(case: str, width: int) -> None:
     """Against float64, in bfloat16, with NaN wherever nothing should be read."""
@@ -186,7 +186,7 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("width", [64, 128, 68])
+@pytest.mark.parametrize("width", [64, 128, 68, 84])
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
     """Hopper's own kernels with every allocation full of NaN; the portable ones in test_kernels.py."""
