@@ -23,7 +23,7 @@ Shared memory (swizzled, but for the last two):
 
     keys (2, 64, D)   solution (2, 64, E)   key_ring (KEYS, M, D)   grad_ring (2, M, E)
     pieces: T twice, in tiles of 64 x 64, and between sweeps the block's rows of dV
-    staging: BUFFERS tiles of 64 x 64 of O   norms (2, 64)
+    staging: BUFFERS tiles of 64 x 64 of O   norms (2, 64)      KEYS, BUFFERS: 3, 3 at D = 64, 2, 4 at D = 128
 
 Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, ``q`` what the
 groups give to the adders, first their O, last their rows of ``toward``, and ``b = 2 q + group``:
