@@ -37,7 +37,8 @@ _RINGS = 128 * 1024
 """All that shared memory holds, 192 KiB, was 3 % slower for large caches: more on its way only waits for each other."""
 
 _EACH_READS = 55.0
-"""GB/s of memory for each program, up to which half as many lose little: an H100's 64 have 52, an H200's 77, and read 43."""
+"""GB/s of memory for each program, up to which half as many lose little: an H100's 64 have 52, an H200's 77,
+of which they read 43 (head size 64) to 53 (128)."""
 
 
 @gluon.jit

@@ -61,3 +61,10 @@ def test_programs_of_hoppers_kernel() -> None:
             for used in (2, 9, 33):
                 programs, each = programs_for(132, rate, chains, 1000, False, used, 128)
                 assert programs <= 132 and programs == (chains * each if each else 132)
+
+
+def test_a_triton_that_does_not_know_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding goes on, with all multiprocessors."""
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.delattr(testing, "get_dram_gbps")
+    assert launch.memory_rate.__wrapped__(torch.device("cuda", 0)) == math.inf
