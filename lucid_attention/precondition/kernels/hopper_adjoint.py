@@ -21,27 +21,27 @@ tiles of a block, 2), 128 for 64 (PARTS 1). ``hopper_pairs.py`` has what a group
 
 Shared memory (swizzled, but for the last two):
 
-    keys (2, 64, D)   solution (2, 64, E)   key_ring (KEYS, M, D)   grad_ring (2, M, E)
+    keys (2, 64, D)   solution (2, 64, E)   key_ring (2, M, D)   grad_ring (2, M, E)
     pieces: T twice, in tiles of 64 x 64, and between sweeps the block's rows of dV
-    staging: BUFFERS tiles of 64 x 64 of O   norms (2, 64)      KEYS, BUFFERS: 3, 3 at D = 64, 2, 4 at D = 128
+    staging: four tiles of 64 x 64 of O, two of each group   norms (2, 64)
 
 Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, ``q`` what the
 groups give to the adders, first their O, last their rows of ``toward``, and ``b = 2 q + group``:
 
     own         bytes       once                                   both groups
-    key_full    bytes       n // KEYS at n % KEYS                  both groups
+    key_full    bytes       n // 2 at n % 2                        both groups
     grad_full   bytes       n // 2 at n % 2                        both groups
-    empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + KEYS and n + 2
+    empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + 2
     t_full      2 groups    u, T is in pieces                      both groups, before their O
-    o_full      1 group     b // BUFFERS at b % BUFFERS            the adder of q
-    o_empty     its adder   b // BUFFERS at b % BUFFERS            whose buffer it is next, before b + BUFFERS
+    o_full      1 group     b // 4 at b % 4                        the adder of q
+    o_empty     its adder   b // 4 at b % 4                        the group, before b + 4
     stored      odd adder   its stores and additions are done      the even adder, before ``toward``
-    meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 read, 4 free
-                            again, 5 all O handed over, 6 half of ``toward``, too (D = 128)
+    meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 read, 4 free again
 
 Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has waited for its O of u,
-which reads the same buffer. A wait tells a phase from the next one only, not from the one after: where, with
-three buffers, a group could get two ahead, the two meet (5, 6).
+which reads the same buffer. A wait tells a phase from the next one only, not from the one after: a buffer is therefore one
+group's own, which waits for each of its uses. Four of them, because a block of two tiles owes the next but one four parts:
+with three, its dV waits until the block after it has given its own, which that block does last.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ from ..numerics import KEY_EPS
 from .finish import finish_kernel
 from .hopper_couriers import add_up, load_grads, load_keys
 from .hopper_pairs import (
-    GRAD_STAGES,
+    BUFFERS,
+    STAGES,
     USED,
     hand_over,
     last_half,
@@ -228,12 +229,12 @@ def _group(
             if PARTS == 2:
                 s2 = warpgroup_mma_wait(0, deps=[s2])
                 p2 = operand(exp2(s2 * c2 + shift), E)
-            stage = sweep % GRAD_STAGES
-            mbarrier.wait(grad_full.index(stage), (sweep // GRAD_STAGES) & 1)
+            stage = sweep % STAGES
+            mbarrier.wait(grad_full.index(stage), (sweep // STAGES) & 1)
             acc = warpgroup_mma(p, grad_ring.index(stage), acc, is_async=True)
             if PARTS == 2:
-                other = (sweep + 1) % GRAD_STAGES
-                mbarrier.wait(grad_full.index(other), ((sweep + 1) // GRAD_STAGES) & 1)
+                other = (sweep + 1) % STAGES
+                mbarrier.wait(grad_full.index(other), ((sweep + 1) // STAGES) & 1)
                 acc = warpgroup_mma(p2, grad_ring.index(other), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(sweep % USED))
@@ -319,19 +320,12 @@ def _group(
     warpgroup_mma_wait(0, deps=[s])
     if LATE:
         last_half(sweep, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
-    # Of three buffers each goes from one group to the other and back. Who takes it waits for one use to be over, and cannot
-    # tell it from the use before that: so the other group must have taken it, which here only a meeting says. Of four each is
-    # one group's own, and the meetings could go.
     toward = toward * unscale
-    mbarrier.arrive(meet)
-    mbarrier.wait(meet, 1)
     if D == 64:
         hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
     else:
         first, second = halves(toward)
         hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
-        mbarrier.arrive(meet)
-        mbarrier.wait(meet, 0)
         hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
     if Strength is not None:
         pairs = (pairs + gl.sum(total, axis=0)) * unscale * power_of_two(-exponent)
@@ -347,7 +341,7 @@ def hopper_adjoint_kernel(
     grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
     heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
-    SHIFT: gl.constexpr, LATE: gl.constexpr, KEYS: gl.constexpr, BUFFERS: gl.constexpr,
+    SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs."""
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
@@ -379,15 +373,15 @@ def hopper_adjoint_kernel(
     swizzled: gl.constexpr = KeyRows.layout
     keys = gl.allocate_shared_memory(gl.float16, [2, 64, D], swizzled)
     solution = gl.allocate_shared_memory(gl.float16, [2, 64, E], swizzled)
-    key_ring = gl.allocate_shared_memory(gl.float16, [KEYS, M, D], swizzled)
-    grad_ring = gl.allocate_shared_memory(gl.float16, [GRAD_STAGES, M, E], swizzled)
+    key_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], swizzled)
+    grad_ring = gl.allocate_shared_memory(gl.float16, [STAGES, M, E], swizzled)
     pieces = gl.allocate_shared_memory(gl.float16, [4 * (M // 64), 64, 64], swizzled)
     staging = gl.allocate_shared_memory(gl.float32, [BUFFERS, 16, 256], Toward.layout)
     norms = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     single: gl.constexpr = mbarrier.MBarrierLayout()
     own = gl.allocate_shared_memory(gl.int64, [1], single)
-    key_full = gl.allocate_shared_memory(gl.int64, [KEYS, 1], single)
-    grad_full = gl.allocate_shared_memory(gl.int64, [GRAD_STAGES, 1], single)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
+    grad_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], single)
     empty = gl.allocate_shared_memory(gl.int64, [USED, 1], single)
     t_full = gl.allocate_shared_memory(gl.int64, [1], single)
     o_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], single)
@@ -398,9 +392,8 @@ def hopper_adjoint_kernel(
     mbarrier.init(t_full, count=2)
     mbarrier.init(meet, count=2)
     mbarrier.init(stored, count=1)
-    for index in gl.static_range(KEYS):
+    for index in gl.static_range(STAGES):
         mbarrier.init(key_full.index(index), count=1)
-    for index in gl.static_range(GRAD_STAGES):
         mbarrier.init(grad_full.index(index), count=1)
     for index in gl.static_range(USED):
         mbarrier.init(empty.index(index), count=2)
@@ -444,9 +437,6 @@ def hopper_adjoint(
     columns = 64 if D == 128 else 128
     kernel = hopper_adjoint_kernel
     late = D == 64 and geometry.slots >= LATE_FROM
-    # A block of two tiles owes the next but one four parts: with three buffers its dV waits until the block after it has given
-    # its own, which that block does last. Shared memory has room for the fourth if keys have two stages.
-    stages, buffers = (3, 3) if D == 64 else (2, 4)
     run.launch(
         kernel, geometry.slots,
         (
@@ -464,7 +454,7 @@ def hopper_adjoint(
         ),
         lambda: {
             "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "PACKED": geometry.packed,
-            "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "KEYS": stages, "BUFFERS": buffers, "num_warps": 4,
+            "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
         },
     )  # fmt: skip
 

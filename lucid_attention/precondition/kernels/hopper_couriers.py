@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_pairs import GRAD_STAGES, USED, buffer_of, place_in
+from .hopper_pairs import STAGES, USED, buffer_of, place_in
 from .hopper_tiles import look_at, reduce_add, stores_done, wait_for
 
 
@@ -33,7 +33,7 @@ def _prefetch(rows, stride, count, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _wait_for_room(empty, tile, STAGES: gl.constexpr):
+def _wait_for_room(empty, tile):
     """Until both groups have used the tile that was in this one's place, ``STAGES`` before."""
     before = tile + (USED - STAGES)  # plus a round, which the first ones do not wait for
     mbarrier.wait(empty.index(before % USED), ((before // USED) & 1) ^ 1)
@@ -56,7 +56,7 @@ def load_keys(
         step = tile // PARTS
         step = gl.where(step < need, step, step - late)
         stage, _ = place_in(key_ring, tile)
-        _wait_for_room(empty, tile, key_ring.shape[0])
+        _wait_for_room(empty, tile)
         mbarrier.expect(key_full.index(stage), KeyTiles.block_type.nbytes)
         at = (last - step) * 128 + (PARTS - 1 - tile % PARTS) * M
         tma.async_copy_global_to_shared(
@@ -73,8 +73,8 @@ def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
     for tile in range((need + late + 1) * PARTS):
         step = tile // PARTS
         step = gl.where(step < need, step, step - late)
-        stage = tile % GRAD_STAGES
-        _wait_for_room(empty, tile, GRAD_STAGES)
+        stage = tile % STAGES
+        _wait_for_room(empty, tile)
         if ready < 2 * (step + 1):
             ready = wait_for(Done, 2 * (step + 1))
         mbarrier.expect(grad_full.index(stage), GradTiles.block_type.nbytes)

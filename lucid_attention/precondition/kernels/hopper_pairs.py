@@ -13,25 +13,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_tiles import accumulator, anew, exp2, halves, operand
 
-GRAD_STAGES = gl.constexpr(2)
-"""Tiles of columns whose dV is held, or on its way, at a time; of keys there are two or three, asked for a tile ahead."""
+STAGES = gl.constexpr(2)
+"""Tiles of columns whose keys or dV are held, or on their way, at a time; both are asked for a tile ahead."""
 USED = gl.constexpr(4)
 """Barriers that say of a tile that it was used, in turn: no fewer than there are stages, and a power of two."""
+BUFFERS = gl.constexpr(4)
+"""Tiles of O on their way to the adders, two of each group."""
 CHUNK = gl.constexpr(64)
 
 
 @gluon.jit
 def place_in(ring, n):
-    """``n % size`` and whether ``n // size`` is odd, in few uniform operations, for any ``n`` below 2^31; 2 to 4 places."""
+    """Which place of a ring of two or four has tile ``n``, and the parity of how often it was taken before."""
     SIZE: gl.constexpr = ring.shape[0]
-    if SIZE == 3:
-        m = (n & 0xFFFF) + (n >> 16)  # 2^16 is 1 modulo 3
-        place = m - 3 * ((m.to(gl.uint32) * 43691) >> 17).to(gl.int32)
-        parity = (n - place) & 1
-    else:
-        place = n % SIZE
-        parity = n // SIZE & 1
-    return place, parity
+    return n & (SIZE - 1), (n >> (SIZE // 2)) & 1
 
 
 @gluon.jit
@@ -121,7 +116,7 @@ def sweep_tile(
     M: gl.constexpr = key_ring.shape[1]
     D: gl.constexpr = key_ring.shape[2]
     key_stage, _ = place_in(key_ring, tile)
-    grad_stage = tile % GRAD_STAGES
+    grad_stage = tile % STAGES
     used = tile % USED
     zero = anew()
     s = warpgroup_mma_wait(0, deps=[s])
