@@ -74,13 +74,14 @@ def test_offloading_on_a_busy_gpu(family, build, ids):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
-def test_cuda_graphs(family, build, ids, left_padded):
-    """generate() compiles the static cache's steps in mode "reduce-overhead" by itself."""
+@pytest.mark.parametrize("kind", ["static", "offloaded_static"])
+def test_compiled_steps(family, kind, build, ids, left_padded):
+    """generate() compiles a static cache's steps by itself, in mode "reduce-overhead" where it does not move."""
     model = enable(build(family)).cuda()
     how = {"attention_mask": left_padded, "max_new_tokens": 20, "min_new_tokens": 20}
     expected = model.generate(ids, do_sample=False, use_cache=False, **how)
     for _ in range(2):  # recorded, then replayed
-        actual = model.generate(ids, do_sample=False, cache_implementation="static", **how)
+        actual = model.generate(ids, do_sample=False, cache_implementation=kind, **how)
         assert torch.equal(actual, expected)
 
 
