@@ -76,6 +76,8 @@ def before_forward(
         cache = LucidCache(config)
         kwargs["past_key_values"] = cache
     if cache is not None:
+        if torch.compiler.is_compiling() and getattr(cache, "offloading", False):
+            refuse_compiled_offloading()
         arm(cache, config.lucid["layers"], config.num_hidden_layers)
         if not is_in_a_graph(inputs):
             check_room(cache, inputs.shape[1])
@@ -106,6 +108,17 @@ def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, inputs: Tensor)
             f"cu_seq_lens_q: expected the offsets at which position_ids restart, "
             f"{expected.tolist()}, got {cu_seqlens.tolist()}"
         )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def refuse_compiled_offloading() -> None:
+    """Raises ValueError in a compiled step, whose tracing would end the whole process, a stock model's as well: torch 2.11 breaks off at
+    the streams of transformers' offloading (`torch._dynamo.graph_bytecode_inputs`).
+    """
+    raise ValueError(
+        "past_key_values: an offloaded static cache in a compiled step, which torch cannot trace; call "
+        "generate(..., disable_compile=True), or do not compile the model"
+    )
 
 
 def refuse_context_parallel() -> None:

@@ -533,6 +533,17 @@ def test_the_decode_operator_fills_a_static_cache(
 
 
 @torch.no_grad()
+def test_offloading_is_refused_in_a_compiled_step(build, ids):
+    """Tracing it would end the process. Here the cache only says that it is offloaded; `test_gpu.py` has one that is."""
+    model = enable(build("Llama"))
+    cache = StaticCache(model.config, max_cache_len=24)
+    model(ids[:, :9], past_key_values=cache)
+    cache.offloading = True
+    with pytest.raises(ValueError, match=r"past_key_values: an offloaded.*disable_compile=True"):
+        torch.compile(model, backend="eager")(ids[:, 9:10], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_the_decode_operator_in_a_compiled_step(build, ids, left_padded, monkeypatch):
     monkeypatch.setattr(attention, "_is_one_pass", few_tokens_after_a_past)
     model = enable(build("Llama"), strength=0.8)

@@ -74,15 +74,21 @@ def test_offloading_on_a_busy_gpu(family, build, ids):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GptOss"])
-@pytest.mark.parametrize("kind", ["static", "offloaded_static"])
-def test_compiled_steps(family, kind, build, ids, left_padded):
-    """generate() compiles a static cache's steps by itself, in mode "reduce-overhead" where it does not move."""
+def test_cuda_graphs(family, build, ids, left_padded):
+    """generate() compiles the static cache's steps in mode "reduce-overhead" by itself."""
     model = enable(build(family)).cuda()
     how = {"attention_mask": left_padded, "max_new_tokens": 20, "min_new_tokens": 20}
     expected = model.generate(ids, do_sample=False, use_cache=False, **how)
     for _ in range(2):  # recorded, then replayed
-        actual = model.generate(ids, do_sample=False, cache_implementation=kind, **how)
+        actual = model.generate(ids, do_sample=False, cache_implementation="static", **how)
         assert torch.equal(actual, expected)
+
+
+def test_offloading_is_refused_in_a_compiled_step(build, ids):
+    """Compiled, it would end the process, and a stock model's does."""
+    model = enable(build("Llama")).cuda()
+    with pytest.raises(ValueError, match="disable_compile=True"):
+        model.generate(ids, cache_implementation="offloaded_static", max_new_tokens=3)
 
 
 @torch.no_grad()
