@@ -91,8 +91,8 @@ LATE_FROM = 1024
 """At D = 64, from this many blocks on, ``O`` comes a tile late (`hopper_pairs.py`).
 
 Then all multiprocessors are busy and their throughput counts; with fewer blocks it is the time from a block to
-the next, which is longer so. At D = 128 the other schedule is as fast or faster since it has a fourth buffer
-(16 chains of 8K and 16K: 1 to 3 % slower in one run of two).
+the next, which is longer so. At D = 128 the other schedule with four buffers was as fast or faster than this one
+with three (16 chains of 8K and 16K: 1 to 3 % slower in one run of two), and this one with four was not tried.
 """
 
 
