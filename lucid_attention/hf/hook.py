@@ -110,7 +110,7 @@ def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, inputs: Tensor)
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def refuse_compiled_offloading() -> None:
     """Raises ValueError in a compiled step, whose tracing would end the whole process, a stock model's as well: torch 2.11 breaks off at
     the streams of transformers' offloading (`torch._dynamo.graph_bytecode_inputs`).
