@@ -4,13 +4,13 @@
     python -m benchmarks.rounding --quick
 
 The kernels multiply float16 operands and add in float32. Here each of the four roundings to float16 is made by
-itself, in blocks of 128 rows as there, then all of them; everything else is float64. Then all of them once more in a kernel that
-does not exist: with keys centred on the sequence's first one, as the float32 kernels have them,
+itself, in blocks of 128 rows as there, then all of them; everything else is float64. Then all of them once more in kernels that
+do not exist: with keys centred on the sequence's first one, as the float32 kernels have them,
 
     khat_i . khat_j = (khat_i - r) . (khat_j - r) + w_i + w_j,    w = khat . r - |r|^2 / 2,
 
-and with a constant taken out of the weights before they are rounded, ``P Y = (P - a) Y + a 1^T Y``, ``a`` the
-weight of the mean key with itself. Writes ``rounding-cpu.csv`` and ``.md`` into ``benchmarks/results`` (or ``--out``).
+with a constant taken out of the weights before they are rounded, ``P Y = (P - a) Y + a 1^T Y``, ``a`` the
+weight of the mean key with itself, and with both. Writes ``rounding-cpu.csv`` and ``.md`` into ``benchmarks/results`` (or ``--out``).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ ROUNDINGS = {
     "y_inverse": Rounded(inverse=True),
     "y_all": Rounded(**ALL),
     "y_all_centred": Rounded(**ALL, centred=True),
+    "y_all_without_constant": Rounded(**ALL, without_constant=True),
     "y_all_centred_without_constant": Rounded(**ALL, centred=True, without_constant=True),
 }
 
@@ -147,7 +148,7 @@ def main() -> None:
         known = {name: facts[name] for name in ("commit", "date", "torch")}
         rows.append({**known, **measure(*case)})
         report.write_csv(rows, options.out / "rounding-cpu.csv")
-    titles = "D | N | keys | rounded: keys | P | Y | inverse | all | all, keys centred | and a constant out of P"
+    titles = "D | N | keys | rounded: keys | P | Y | inverse | all | all, keys centred | all, a constant out of P | all, both"
     lines = [
         [str(r["head_dim"]), str(r["seq"]), f"{r['keys']} {r['cosine']:g}", *(f"{r[name]:.1e}" for name in ROUNDINGS)]
         for r in rows

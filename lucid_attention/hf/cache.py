@@ -304,7 +304,7 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
             ):  # it knows one half precision only
                 values = torch.cat([pending.past, rows], dim=-2)
         # An offloading cache has moved the keys to the host since `update`; the values follow. The
-        # copy blocks: in a compiled step the next prefetch reads the host copy from a stream that does not wait.
+        # copy blocks, since it is the host's memory that the next prefetch reads.
         self.values = values.to(self.keys.device)
         if self.values is not values:
             self.buffers = None
@@ -458,7 +458,7 @@ class LucidCache(DynamicCache):
 
 class _OrderedStream(torch.cuda.Stream):
     """The stream on which an offloading cache brings back its next layer, after all that the model has asked for so far on the
-    default stream, the one that transformers' way back waits on, too. In a compiled step it is a stream like any other.
+    default stream, the one that transformers' way back waits on, too.
 
     transformers' own starts at once, while the model may still be writing the layer's copy on the host, or reading from memory of
     a layer before, which is free as soon as Python lets go of it: on a busy GPU logits were wrong.

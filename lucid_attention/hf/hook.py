@@ -76,7 +76,9 @@ def before_forward(
         cache = LucidCache(config)
         kwargs["past_key_values"] = cache
     if cache is not None:
-        if torch.compiler.is_compiling() and getattr(cache, "offloading", False):
+        if getattr(cache, "offloading", False) and (
+            torch.compiler.is_compiling() or has_compiled_parts(decoder)
+        ):
             refuse_compiled_offloading()
         arm(cache, config.lucid["layers"], config.num_hidden_layers)
         if not is_in_a_graph(inputs):
@@ -110,15 +112,23 @@ def _check_offsets(cu_seqlens: Tensor, documents: Tensor | None, inputs: Tensor)
         )
 
 
-@torch.compiler.disable
+def has_compiled_parts(decoder: nn.Module) -> bool:
+    """Whether a module of the decoder was compiled in place (`layer.compile()`). One whose `forward` was replaced is not found."""
+    return any(module._compiled_call_impl is not None for module in decoder.modules())
+
+
+OFFLOADING_COMPILED = (
+    "past_key_values: an offloaded cache in a compiled step, which torch (2.11) cannot trace; call "
+    "generate(..., disable_compile=True), or do not compile the model"
+)
+
+
+@torch.compiler.disable(reason=OFFLOADING_COMPILED)  # the reason is what `fullgraph=True` shows
 def refuse_compiled_offloading() -> None:
     """Raises ValueError in a compiled step, whose tracing would end the whole process, a stock model's as well: torch 2.11 breaks off at
     the streams of transformers' offloading (`torch._dynamo.graph_bytecode_inputs`).
     """
-    raise ValueError(
-        "past_key_values: an offloaded static cache in a compiled step, which torch cannot trace; call "
-        "generate(..., disable_compile=True), or do not compile the model"
-    )
+    raise ValueError(OFFLOADING_COMPILED)
 
 
 def refuse_context_parallel() -> None:

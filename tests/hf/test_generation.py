@@ -532,15 +532,42 @@ def test_the_decode_operator_fills_a_static_cache(
         torch.testing.assert_close(first.values, second.values, **TOLERANCE)
 
 
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_layers(model):
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
 @torch.no_grad()
-def test_offloading_is_refused_in_a_compiled_step(build, ids):
+@pytest.mark.parametrize("make", [StaticCache, LucidCache], ids=["static", "growing"])
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_layers])
+def test_offloading_is_refused_in_a_compiled_step(compiled, make, build, ids):
     """Tracing it would end the process. Here the cache only says that it is offloaded; `test_gpu.py` has one that is."""
+    model = enable(build("Llama"))
+    cache = make(model.config, **({"max_cache_len": 24} if make is StaticCache else {}))
+    model(ids[:, :9], past_key_values=cache)
+    expected = model(ids[:, 9:10], past_key_values=copy.deepcopy(cache)).logits
+    cache.offloading = True
+    with pytest.raises(ValueError, match=r"past_key_values: an offloaded.*disable_compile=True"):
+        compiled(model)(ids[:, 9:10], past_key_values=cache)
+    cache.offloading = False  # nothing was written
+    logits = compiled(model)(ids[:, 9:10], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_offloading_in_one_graph_says_why_not(build, ids):
+    torch._dynamo.reset()  # of what was compiled before, frames are left alone that broke off
     model = enable(build("Llama"))
     cache = StaticCache(model.config, max_cache_len=24)
     model(ids[:, :9], past_key_values=cache)
     cache.offloading = True
-    with pytest.raises(ValueError, match=r"past_key_values: an offloaded.*disable_compile=True"):
-        torch.compile(model, backend="eager")(ids[:, 9:10], past_key_values=cache)
+    with pytest.raises(Exception, match="an offloaded cache in a compiled step"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids[:, 9:10], past_key_values=cache)
 
 
 @torch.no_grad()

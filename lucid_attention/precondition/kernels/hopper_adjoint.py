@@ -33,15 +33,17 @@ groups give to the adders, first their O, last their rows of ``toward``, and ``b
     grad_full   bytes       n // 2 at n % 2                        both groups
     empty       2 groups    n // 4 at n % 4, tile n was used       the loaders, before tile n + 2
     t_full      2 groups    u, T is in pieces                      both groups, before their O
-    o_full      1 group     b // 4 at b % 4                        the adder of q
-    o_empty     its adder   b // 4 at b % 4                        the group, before b + 4
-    stored      odd adder   its stores and additions are done      the even adder, before ``toward``
+    o_full      1 group     b // 4 at b % 4                        the adder of q (of ``toward``: the even one)
+    o_empty     that adder  b // 4 at b % 4                        the group, before b + 4
+    stored      odd adder   its stores and additions are done,     the even adder, before ``toward``
+                            and its uses of buffers, which the even one takes over
     meet        2 groups    0 norms stored, 1 swept, 2 rows of dV's right side stored, 3 read, 4 free again
 
 Storing T of tile u + 2 needs no barrier: a group that arrives at phase u + 1 has waited for its O of u,
 which reads the same buffer. A wait tells a phase from the next one only, not from the one after: a buffer is therefore one
 group's own, which waits for each of its uses. Four of them, because a block of two tiles owes the next but one four parts:
-with three, its dV waits until the block after it has given its own, which that block does last.
+with three, its dV waits until the block after it has given its part to the same one, which it does after its own dV. With one tile
+a block four were faster as well.
 """
 
 from __future__ import annotations

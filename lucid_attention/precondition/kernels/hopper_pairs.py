@@ -18,7 +18,7 @@ STAGES = gl.constexpr(2)
 USED = gl.constexpr(4)
 """Barriers that say of a tile that it was used, in turn: no fewer than there are stages, and a power of two."""
 BUFFERS = gl.constexpr(4)
-"""Tiles of O on their way to the adders, two of each group."""
+"""Tiles of O on their way to the adders, two of each group: three would need the groups to meet (`hopper_adjoint.py`)."""
 CHUNK = gl.constexpr(64)
 
 
@@ -26,6 +26,7 @@ CHUNK = gl.constexpr(64)
 def place_in(ring, n):
     """Which place of a ring of two or four has tile ``n``, and the parity of how often it was taken before."""
     SIZE: gl.constexpr = ring.shape[0]
+    gl.static_assert(SIZE == 2 or SIZE == 4)
     return n & (SIZE - 1), (n >> (SIZE // 2)) & 1
 
 
