@@ -1,6 +1,6 @@
 """Which of the GPU kernels' roundings makes how much of their error: the forward solve imitated in float64.
 
-    python -m benchmarks.rounding            # about a quarter of an hour on two cores
+    python -m benchmarks.rounding            # about six minutes on two cores
     python -m benchmarks.rounding --quick
 
 The kernels multiply float16 operands and add in float32. Here each of the four roundings to float16 is made by
@@ -22,21 +22,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.precision import error
+from benchmarks.precision_gpu import Kind, make_keys
 from benchmarks.solve import RESULTS, conditions
 from lucid_attention.precondition.kernels.plan import SHIFT_FORWARD, headroom
 from lucid_attention.precondition.numerics import KEY_EPS
 
 BLOCK = 128
-KINDS = (("shared", 0.5), ("shared", 0.8), ("shared", 0.95), ("types", 0.9))
+KINDS: tuple[Kind, ...] = (("shared", 0.5), ("shared", 0.8), ("shared", 0.95), ("types", 0.9))
 CASES = [(width, 4096, kind) for width in (64, 128) for kind in KINDS] + [
     (width, 32768, kind) for width in (64, 128) for kind in (("shared", 0.8), ("types", 0.9))
 ]
 QUICK = [(16, 300, kind) for kind in KINDS]
-TYPES = 64
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,6 @@ def half(x: Tensor, power: int = 0) -> Tensor:
     return (x * 2.0**power).half().double() * 2.0**-power
 
 
-def make_keys(kind: tuple[str, float], seq: int, width: int) -> Tensor:
-    """Keys ``(seq, width)``: of one direction, or of one of 64 types each, with a cosine."""
-    name, cosine = kind
-    centre = torch.randn(TYPES if name == "types" else 1, width, dtype=torch.float64)
-    which = torch.randint(0, centre.shape[0], (seq,))
-    noise = torch.randn(seq, width, dtype=torch.float64)
-    return math.sqrt(cosine) * centre[which] + math.sqrt(1 - cosine) * noise
-
-
 def solve(key: Tensor, value: Tensor, how: Rounded) -> Tensor:
     """``Y = L^-1 V`` of ``(seq, width)`` in float64, but for what ``how`` names."""
     seq, width = key.shape
@@ -96,7 +88,6 @@ def solve(key: Tensor, value: Tensor, how: Rounded) -> Tensor:
     power = 15 - headroom(seq) - math.frexp(value.abs().max().item())[1]
     y, operand = torch.empty_like(value), torch.empty_like(value)
     total = value.new_zeros(value.shape[-1])
-    identity = torch.eye(BLOCK, dtype=torch.float64)
 
     def couplings(rows: slice, columns: slice) -> Tensor:
         """``P``."""
@@ -109,26 +100,21 @@ def solve(key: Tensor, value: Tensor, how: Rounded) -> Tensor:
         p = half(p, SHIFT_FORWARD) if how.weights else p
         right = value[rows] - p @ operand[before] - constant * total
         lower = couplings(rows, rows).tril(-1)
-        one = identity[: lower.shape[0], : lower.shape[0]]
-        if how.inverse:
-            inverse = (
-                torch.linalg.solve_triangular(lower + one, one, upper=False, unitriangular=True)
-                - one
-            )
+        if how.inverse:  # as the kernels have it, without its ones
+            one = torch.eye(lower.shape[0], dtype=torch.float64)
+            inverse = solve_triangular(lower, one, upper=False, unitriangular=True) - one
             y[rows] = right + half(inverse) @ half(right, power)
         else:
-            y[rows] = torch.linalg.solve_triangular(
-                lower + one, right, upper=False, unitriangular=True
-            )
+            y[rows] = solve_triangular(lower, right, upper=False, unitriangular=True)
         operand[rows] = half(y[rows], power) if how.solution else y[rows]
         total = total + y[rows].sum(0)
     return y
 
 
-def measure(width: int, seq: int, kind: tuple[str, float]) -> dict[str, object]:
+def measure(width: int, seq: int, kind: Kind) -> dict[str, object]:
     """Relative Frobenius errors of ``Y``, inputs in bfloat16."""
     torch.manual_seed(seq + width)
-    key = make_keys(kind, seq, width).bfloat16().double()
+    key = make_keys((kind,), seq, width, "cpu")[0, 0].bfloat16().double()
     value = torch.randn(seq, width, dtype=torch.float64).bfloat16().double()
     exact = solve(key, value, Rounded())
     found = {name: error(solve(key, value, how), exact) for name, how in ROUNDINGS.items()}

@@ -14,13 +14,15 @@ import torch
 
 from benchmarks import rounding
 from benchmarks.precision import error
+from benchmarks.precision_gpu import Kind, make_keys
 from lucid_attention import precondition
 
 
 @pytest.mark.parametrize("kind", rounding.KINDS)
-def test_what_is_imitated(kind: tuple[str, float]) -> None:
+def test_what_is_imitated(kind: Kind) -> None:
     torch.manual_seed(0)
-    key, value = rounding.make_keys(kind, 300, 24), torch.randn(300, 16, dtype=torch.float64)
+    key = make_keys((kind,), 300, 24, "cpu")[0, 0].double()
+    value = torch.randn(300, 16, dtype=torch.float64)
     exact = precondition(key[None, None], value[None, None], impl="reference")[0, 0]
     for how in (
         rounding.Rounded(),
