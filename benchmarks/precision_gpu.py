@@ -11,6 +11,7 @@ compute before they round to bfloat16 (the adjoint gets the Y that was saved, ro
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ KINDS: tuple[Kind, ...] = (("shared", 0.0), ("shared", 0.5), ("shared", 0.8), ("
 KINDS_FLOAT32: tuple[Kind, ...] = (("shared", 0.5), ("shared", 0.8))
 TYPES = 64
 WIDTHS = (64, 128)
+WIDEST = 256  # its float64 solve takes its time: shorter sequences only
 SEQS = (4096, 32768, 131072)
 SEQS_FLOAT32 = (32768,)
 QUICK_SEQS = (300,)
@@ -101,19 +103,23 @@ def measure(width: int, seq: int, dtype: torch.dtype, kinds: tuple[Kind, ...], d
     ]  # fmt: skip
 
 
-def cases(quick: bool) -> list[tuple[int, int, torch.dtype, tuple[Kind, ...]]]:
-    """What is measured, the arguments of `measure`: short sequences first."""
+def cases(
+    quick: bool, head_dims: Collection[int] | None = None
+) -> list[tuple[int, int, torch.dtype, tuple[Kind, ...]]]:
+    """What is measured, the arguments of `measure`: short sequences first; None: all head sizes."""
     short = QUICK_SEQS if quick else SEQS
     half = [(width, seq, torch.bfloat16, KINDS) for seq in short for width in WIDTHS]
+    half += [(WIDEST, seq, torch.bfloat16, KINDS) for seq in short if seq <= GRADIENTS_UP_TO]
     lengths = QUICK_SEQS if quick else SEQS_FLOAT32
     full = [(width, seq, torch.float32, KINDS_FLOAT32) for seq in lengths for width in WIDTHS]
-    return sorted(half + full, key=lambda case: case[1])
+    found = [case for case in half + full if head_dims is None or case[0] in head_dims]
+    return sorted(found, key=lambda case: case[1])
 
 
-def jobs(quick: bool) -> list[Job]:
+def jobs(quick: bool, head_dims: Collection[int] | None = None) -> list[Job]:
     """The kernels that `run` needs."""
     found = []
-    for width, seq, dtype, kinds in cases(quick):
+    for width, seq, dtype, kinds in cases(quick, head_dims):
         shape = Shape(1, len(kinds), seq, width, str(dtype).removeprefix("torch."))
         for backward in (False, True) if seq <= GRADIENTS_UP_TO else (False,):
             found.append(Job(shape, backward))
@@ -122,12 +128,15 @@ def jobs(quick: bool) -> list[Job]:
     return found
 
 
-def run(out: Path, facts: dict[str, Any], quick: bool) -> None:
-    """Measure and write, after each case what there is so far."""
-    base = out / f"precision-{report.slug(facts['gpu'])}"
+def run(
+    out: Path, facts: dict[str, Any], quick: bool, head_dims: Collection[int] | None = None
+) -> None:
+    """Measure and write, after each case what there is so far; some head sizes have a file of their own."""
+    name = "-".join(["precision", *map(str, head_dims or ())])
+    base = out / f"{name}-{report.slug(facts['gpu'])}"
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for case in tqdm(cases(quick), desc="precision"):
+    for case in tqdm(cases(quick, head_dims), desc="precision"):
         rows += measure(*case)
         torch.cuda.empty_cache()
         known = {name: facts[name] for name in ("commit", "date", "gpu", "torch", "triton")}

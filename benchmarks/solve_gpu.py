@@ -62,7 +62,8 @@ SHAPES = [
     Shape(32, 8, 2048, 64),
     Shape(1, 1, 8192, 128),
     Shape(1, 1, 1024, 128),
-    Shape(1, 8, 8192, 256),
+    *(Shape(batch, 8, seq, 256) for batch, seq in ((4, 4096), (1, 8192), (1, 32768))),
+    *(Shape(batch, 8, seq, 192) for batch, seq in ((4, 4096), (1, 8192), (1, 32768))),
     Shape(1, 8, 8192, 64, "float32"),
 ]  # fmt: skip
 ATTENTION = [Shape(batch, 4, seq, 64, query_heads=32) for batch, seq in ((8, 4096), (1, 32768), (1, 131072))]  # fmt: skip
@@ -309,12 +310,12 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     if options.head_dims:
         shapes = [shape for shape in shapes if shape.head_dim in options.head_dims]
         attention = [shape for shape in attention if shape.head_dim in options.head_dims]
-        parts = parts - {"precision"}  # it has shapes of its own
     measured = (shapes if "solve" in parts else []) + (attention if "attention" in parts else [])
-    if options.head_dims and not measured:
-        raise SystemExit(f"--head-dims: no shape of --part {options.part} has {options.head_dims}")
     kinds = {(shape.head_dim, shape.dtype) for shape in measured}
-    precision_jobs = precision_gpu.jobs(options.quick) if "precision" in parts else []
+    precise = precision_gpu.jobs(options.quick, options.head_dims)
+    precision_jobs = precise if "precision" in parts else []
+    if not measured + precision_jobs:
+        raise SystemExit(f"--head-dims: no shape of --part {options.part} has {options.head_dims}")
     kinds |= {(job.shape.head_dim, job.shape.dtype) for job in precision_jobs}
     gated = [Shape(2, 4, seq, *kind) for kind in sorted(kinds) for seq in GATE_SEQS]
     jobs = [Job(shape, backward) for shape in gated + measured for backward in (False, True)]
@@ -363,7 +364,7 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
         facts["matmul_tflops_at_the_end"] = round(matmul_tflops(), 1)
         results.write()
     if "precision" in parts:
-        precision_gpu.run(options.out, facts, options.quick)
+        precision_gpu.run(options.out, facts, options.quick, options.head_dims)
         lap("precision")
     if measured:
         results.write()
@@ -383,7 +384,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few small shapes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write")
     parser.add_argument(
-        "--head-dims", type=int, nargs="+", help="solve and attention at these head sizes only"
+        "--head-dims", type=int, nargs="+", help="these head sizes only, in files of their own"
     )
     parser.add_argument("--part", choices=("solve", "attention", "precision", "all"), default="all")
     options = parser.parse_args()

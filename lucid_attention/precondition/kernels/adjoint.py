@@ -98,11 +98,11 @@ def adjoint_kernel(
         y2 = tl.where(tl.abs(y2) < float("inf"), y2, 0.0)
         tl.store(tile_pointers(Yh, start, R, E1 + E2, E1, E2), y2.to(DTYPE))
     t_exponent = 0
+    t_scale = 1.0
     if not CENTRED:
+        # Of T, not of y: entries of wide rows would leave float16's normal range.
         t_exponent = norm_exponent(y1, y2, E1, E2, SHIFT)
         t_scale = power_of_two(t_exponent)
-        y1 = y1 * t_scale
-        y2 = y2 * t_scale
     y1 = y1.to(DTYPE)
     y2 = y2.to(DTYPE)
 
@@ -129,7 +129,7 @@ def adjoint_kernel(
             acc1 = accumulate(acc1, p.to(DTYPE), g1, exact_one, PRECISION)
             if E2 > 0:
                 acc2 = accumulate(acc2, p.to(DTYPE), g2, exact_one, PRECISION)
-            t = similarity(y1, y2, g1, g2, E2, PRECISION) * p
+            t = similarity(y1, y2, g1, g2, E2, PRECISION) * (p * t_scale)
             if CENTRED or Strength is not None:
                 total += tl.sum(t, axis=1)
             t = t.to(DTYPE)
@@ -174,7 +174,7 @@ def adjoint_kernel(
 
     # The pairs inside the block: T is strictly upper in (j, i) here, and acts both ways.
     p = kernel_tile(k1, k2, row_weight, k1, k2, Wt, start, c2, shift, R, D2, CENTRED, PRECISION)
-    t = similarity(y1, y2, g1.to(DTYPE), g2.to(DTYPE), E2, PRECISION) * p
+    t = similarity(y1, y2, g1.to(DTYPE), g2.to(DTYPE), E2, PRECISION) * (p * t_scale)
     t = tl.where(index[:, None] < index[None, :], t, 0.0)
     if CENTRED or Strength is not None:
         total += tl.sum(t, axis=1)

@@ -15,8 +15,7 @@ def finish_kernel(
 ):  # fmt: skip
     """RMS-norm's backward, as at the end of ``toward.py``. Grid: half a block a program.
 
-    ``width`` and the strides are in ``UNIT``s of entries, so that so many are known to lie together: of rows of 68, which
-    begin at no multiple of 16 bytes, every entry would be moved by itself, at a fifth of the speed.
+    ``width`` and the strides are in ``UNIT``s of entries (``plan.in_units``).
     """
     width *= UNIT
     program = tl.program_id(0)

@@ -48,7 +48,6 @@ a block four were faster as well.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from triton.experimental import gluon
@@ -61,8 +60,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..numerics import KEY_EPS
-from .finish import finish_kernel
 from .hopper_couriers import add_up, load_grads, load_keys
 from .hopper_pairs import (
     BUFFERS,
@@ -429,9 +426,7 @@ def hopper_adjoint_kernel(
         )  # fmt: skip
 
 
-def hopper_adjoint(
-    run: Run, grad: Any, solution: Any, grad_value: Any, key: Any, grad_key: Any, mask: Any, strength: Any
-) -> None:  # fmt: skip
+def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength: Any) -> None:
     """Write the gradients of values and keys, and ``-sum T`` of every block's halves if there is a strength."""
     call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_tile, call.solution_tile
@@ -458,21 +453,4 @@ def hopper_adjoint(
             "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "PACKED": geometry.packed,
             "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
         },
-    )  # fmt: skip
-
-    def units() -> tuple[int, list[int]]:
-        lengths = (call.width, *geometry.strides(key), *geometry.strides(grad_key))
-        # Triton's 64-bit numbers are those that need it; divided, they would not, and overflow when multiplied again.
-        unit = 1 if max(lengths) >= 1 << 31 else math.gcd(8, *lengths)
-        return unit, [length // unit for length in lengths]
-
-    run.launch(
-        finish_kernel, 2 * geometry.slots,
-        (
-            at.toward, key, grad_key, mask, strength, at.table, at.largest, at.largest_second, at.bad,
-        ),
-        lambda: (
-            *units()[1], *geometry.sizes, geometry.headroom, call.kernel_scale, KEY_EPS,
-        ),
-        lambda: {"D": D, "UNIT": units()[0], "PACKED": geometry.packed, "num_warps": 8},
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The forward solve for Hopper: one warp that loads, two groups of warps that compute.
+"""The solve for Hopper, forward and transposed: one warp that loads, two groups of warps that compute.
 
 The mathematics, the workspaces and the tickets are those of `solve`; this is its form for half
-precision, tiles of 64 or 128 columns (`stages.HOPPER_WIDTHS`) and blocks of 128 rows. What is different:
+precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks of 128 rows. What is different:
 
 * A program stays on its multiprocessor and takes tickets until there are none left. It takes a
   ticket when everything for the one before it is loaded, and finishes its tickets in order, so that
@@ -11,7 +11,11 @@ precision, tiles of 64 or 128 columns (`stages.HOPPER_WIDTHS`) and blocks of 128
 * Each group of four warps owns half of the block's rows. It never waits for the other in the loop:
   the tensor core computes the next similarities and adds up the last product while the
   exponentials are taken. Only the block's own inverse needs the other half, once, at the end.
-* ``Done`` counts halves of blocks here, relative to the sequence's first block.
+* ``Done`` counts halves of blocks here, from the block of the sequence that is solved first.
+
+``REVERSED`` solves ``L^T dV = dY`` instead, from a sequence's last block to its first, for head sizes whose key
+gradient does not fit in the same sweep (`hopper_adjoint` has both): ``P`` is symmetric, the inverse is
+read transposed, and it is the upper half of a block that needs the lower one.
 """
 
 from __future__ import annotations
@@ -38,13 +42,14 @@ from .hopper_tiles import (
     stores_done,
     wait_for,
 )
-from .plan import SHIFT_FORWARD, rounds
+from .plan import SHIFT_FORWARD, in_units, rounds
 
 if TYPE_CHECKING:
     from .plan import Run
 
-COLUMNS = 128
-"""Rows of a column tile; 64, with twice the stages, was 1 to 30 % slower on every shape."""
+COLUMNS = {64: 128, 128: 128, 256: 64}
+"""Rows of a column tile, by the wider of keys' and values' tiles; up to 128, 64 of them with twice the stages
+were 1 to 30 % slower on every shape. At 256 there is no room for more."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
 
 
@@ -58,17 +63,24 @@ def _step(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _quadrants(solution, slot):
+    """The block's inverse in the place of a tile of the solution."""
+    return solution.index(slot)._reinterpret(gl.float16, [4, 64, 64], solution.layout)
+
+
+@gluon.jit
 def _loader(
     KhTile, YhTile, TTile, Blocks, Done, Ticket,
     own, keys, solution, inverse, note,
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
     inverse_full, inverse_empty,
     chains, blocks, wide, deep, length,
-    M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    M: gl.constexpr, PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """One warp: tickets, the wait for the chain, all copies to shared memory."""
     PER: gl.constexpr = 128 // M
+    STEP: gl.constexpr = -M if REVERSED else M
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     total = chains * blocks
     key_slot = 0
@@ -79,6 +91,8 @@ def _loader(
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
     while ticket < total:
         chain, block = place_ticket(ticket, chains, blocks, wide, deep)
+        if REVERSED:
+            block = blocks - 1 - block
         first = 0
         row = block * 128
         count = length
@@ -91,6 +105,12 @@ def _loader(
             here = (chain * blocks + block) * 128
             column = (chain * blocks + first) * 128
             n = (block - first) * PER
+            if REVERSED:
+                end = blocks
+                if PACKED:
+                    end = gl.load(Blocks + 3 * blocks + block)
+                column = (chain * blocks + end) * 128 - M
+                n = (end - 1 - block) * PER
             mbarrier.wait(own_empty, turn ^ 1)
             note.index(0).store(gl.full([1], chain, gl.int32, one))
             note.index(1).store(gl.full([1], block, gl.int32, one))
@@ -98,8 +118,13 @@ def _loader(
             if PACKED:
                 note.index(3).store(gl.full([1], row, gl.int32, one))
                 note.index(4).store(gl.full([1], row + count, gl.int32, one))
+            if REVERSED:
+                note.index(5).store(gl.full([1], n, gl.int32, one))
             mbarrier.expect(own_full, 128 * D * 2)
-            tma.async_copy_global_to_shared(KhTile, [here, 0], own_full, own)
+            for part in gl.static_range(PER):
+                tma.async_copy_global_to_shared(
+                    KhTile, [here + part * M, 0], own_full, own.index(part)
+                )
             # Step j brings the keys of tile j and the solution of tile j - 1, in the order of use.
             ready = 0
             for j in range(n + 1):
@@ -108,17 +133,25 @@ def _loader(
                     bar = key_full.index(key_slot)
                     mbarrier.expect(bar, M * D * 2)
                     tma.async_copy_global_to_shared(
-                        KhTile, [column + j * M, 0], bar, keys.index(key_slot)
+                        KhTile, [column + j * STEP, 0], bar, keys.index(key_slot)
                     )
-                    key_slot, key_phase = _step(key_slot, key_phase, STAGES)
+                    key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
                 if j == gl.maximum(n - PER + 1, 0):
                     # Everything up to the last block is under way: now what comes after it.
-                    mbarrier.wait(inverse_empty, turn ^ 1)
-                    mbarrier.expect(inverse_full, 3 * 64 * 64 * 2)
+                    if TIGHT:
+                        mbarrier.wait(solution_empty.index(slot), phase ^ 1)
+                        bar = solution_full.index(slot)
+                        place = _quadrants(solution, slot)
+                        slot, phase = _step(slot, phase, solution.shape[0])
+                    else:
+                        mbarrier.wait(inverse_empty, turn ^ 1)
+                        bar = inverse_full
+                        place = inverse
+                    mbarrier.expect(bar, 3 * 64 * 64 * 2)
                     quadrant = (here // 128) * 192
                     for k in gl.static_range(3):
                         tma.async_copy_global_to_shared(
-                            TTile, [quadrant + k * 64, 0], inverse_full, inverse.index(k)
+                            TTile, [quadrant + k * 64, 0], bar, place.index(k)
                         )
                 if j > 0:
                     mbarrier.wait(solution_empty.index(slot), phase ^ 1)
@@ -128,9 +161,9 @@ def _loader(
                     bar = solution_full.index(slot)
                     mbarrier.expect(bar, M * E * 2)
                     tma.async_copy_global_to_shared(
-                        YhTile, [column + (j - 1) * M, 0], bar, solution.index(slot)
+                        YhTile, [column + (j - 1) * STEP, 0], bar, solution.index(slot)
                     )
-                    slot, phase = _step(slot, phase, STAGES)
+                    slot, phase = _step(slot, phase, solution.shape[0])
             turn ^= 1
         ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
     mbarrier.wait(own_empty, turn ^ 1)
@@ -144,26 +177,26 @@ def _read(note, index: gl.constexpr):
 
 
 @gluon.jit
-def _rows_at(base, stride, width, at, end, E: gl.constexpr, layout: gl.constexpr):
+def _rows_at(base, stride, width, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Pointers to 64 rows of a user's tensor from ``at``, and which of their entries exist."""
     row = at + gl.arange(0, 64, gl.SliceLayout(1, layout))
     column = gl.arange(0, E, gl.SliceLayout(0, layout))
-    pointers = base + as_long(row)[:, None] * as_long(stride) + column[None, :]
-    return pointers, row, row < end, (column < width)[None, :]
+    pointers = base + as_long(row)[:, None] * (as_long(stride) * UNIT) + column[None, :]
+    return pointers, row, row < end, (column < width * UNIT)[None, :]
 
 
 @gluon.jit
-def _load_rows(base, stride, width, Mask, batch, length, at, end, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _load_rows(base, stride, width, Mask, batch, length, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """64 rows of values, 0 where there is no token."""
-    pointers, row, live, inside = _rows_at(base, stride, width, at, end, E, layout)
+    pointers, row, live, inside = _rows_at(base, stride, width, at, end, UNIT, E, layout)
     if Mask is not None:
         live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
     return gl.load(pointers, mask=live[:, None] & inside, other=0.0)
 
 
 @gluon.jit
-def _store_rows(base, stride, width, at, end, x, E: gl.constexpr, layout: gl.constexpr):
-    pointers, _, live, inside = _rows_at(base, stride, width, at, end, E, layout)
+def _store_rows(base, stride, width, at, end, x, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    pointers, _, live, inside = _rows_at(base, stride, width, at, end, UNIT, E, layout)
     gl.store(pointers, x, mask=live[:, None] & inside)
 
 
@@ -175,20 +208,34 @@ def _compute(
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
     inverse_full, inverse_empty, right_full, right_empty,
     heads, blocks, length, value_width, headroom, c2, shift,
-    GROUP: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
-    SHIFT: gl.constexpr, E: gl.constexpr,
+    GROUP: gl.constexpr, M: gl.constexpr, PACKED: gl.constexpr,
+    REVERSED: gl.constexpr, TIGHT: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block."""
+    """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block.
+
+    ``TIGHT``: the rows in ``right`` take the place of the block's keys, which are loaded when those are done with.
+    """
+    PER: gl.constexpr = 128 // M
+    LAST: gl.constexpr = 0 if REVERSED else 1
+    AFTER: gl.constexpr = GROUP == LAST  # this half's solution needs the other's
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
-    rows = own.slice(64 * GROUP, 64, dim=0)
+    if M == 64:  # noqa: SIM108 (constant expressions are not chosen between in Gluon)
+        rows = own.index(GROUP)
+    else:
+        rows = own.index(0).slice(64 * GROUP, 64, dim=0)
     mine = right.index(GROUP)
     # Two bytes an entry go through shared memory, so that threads move 16 bytes of a row; four go as they are.
     PACKED_IN: gl.constexpr = Value.dtype.element_ty.primitive_bitwidth == 16
     PACKED_OUT: gl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
+    LATER: gl.constexpr = (
+        PACKED_IN and TIGHT
+    )  # no registers hold values while the last products run
     nothing = gl.zeros([64, M], gl.float32, product)
+    key_slot = 0
+    key_phase = 0
     slot = 0
     phase = 0
     turn = 0
@@ -202,24 +249,29 @@ def _compute(
         if PACKED:
             at = _read(note, 3) + 64 * GROUP
             end = _read(note, 4)
-        n = (block - first) * (128 // M)
+        if REVERSED:  # noqa: SIM108
+            n = _read(note, 5)
+        else:
+            n = (block - first) * PER
 
         # Tile i + 1's exponentials are taken while tile i's product with the solution runs. The
         # assembler moves nothing across a wait for a barrier, but much across a wait for a
-        # product: the next tile's keys are therefore waited for before the product is.
+        # product: the next tile's keys are therefore waited for before the product is. The last block's
+        # tiles are left to do: of them all but the products is done before their solution is waited for.
         acc = gl.zeros([64, E], gl.float32, sums)
         p = gl.zeros([64, M], gl.float16, left)
+        p2 = p
         if n > 0:
-            mbarrier.wait(key_full.index(slot), phase)
+            mbarrier.wait(key_full.index(key_slot), key_phase)
             s = warpgroup_mma(
-                rows, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True
+                rows, keys.index(key_slot).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(key_empty.index(slot), count=1)
+            mbarrier.arrive(key_empty.index(key_slot), count=1)
             p = gl.convert_layout(gl.exp2(s * c2 + shift).to(gl.float16), left)
-            key_slot, key_phase = _step(slot, phase, STAGES)
+            key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
             mbarrier.wait(key_full.index(key_slot), key_phase, pred=n > 1)
-            for i in range(n - 1):
+            for i in range(n - PER):
                 s = warpgroup_mma(
                     rows, keys.index(key_slot).permute((1, 0)), nothing,
                     use_acc=False, is_async=True,
@@ -230,27 +282,47 @@ def _compute(
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
                 e = gl.exp2(s * c2 + shift)
                 last = slot
-                slot = key_slot
-                phase = key_phase
-                key_slot, key_phase = _step(slot, phase, STAGES)
+                slot, phase = _step(slot, phase, solution.shape[0])
+                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
                 mbarrier.wait(key_full.index(key_slot), key_phase, pred=i < n - 2)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 p = gl.convert_layout(e.to(gl.float16), left)
                 mbarrier.arrive(solution_empty.index(last), count=1)
-        mbarrier.arrive(own_empty, count=1)
+            if PER == 2:
+                s = warpgroup_mma(
+                    rows, keys.index(key_slot).permute((1, 0)), nothing,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(key_empty.index(key_slot), count=1)
+                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+                p2 = gl.convert_layout(gl.exp2(s * c2 + shift).to(gl.float16), left)
+        if TIGHT:
+            gl.thread_barrier()  # all warps' products with the keys are done: now other rows take their place
+        else:
+            mbarrier.arrive(own_empty, count=1)
 
         # What the last tile needs but does not have to wait for.
         batch = as_long(chain // heads)
         head = as_long(chain % heads)
         entry = chain * blocks + first
-        values = Value + batch * as_long(value_b) + head * as_long(value_h)
+        bad = gl.load(Bad + entry)
+        values = Value + (batch * as_long(value_b) + head * as_long(value_h)) * UNIT
         if PACKED_IN:
-            v = _load_rows(values, value_n, value_width, Mask, batch, length, at, end, E, plain)
+            v = _load_rows(
+                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
+            )
             place = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout)
+            if LATER:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if bad > 0:
+                    v = gl.where(gl.abs(v.to(gl.float32)) < float("inf"), v, 0.0)
             place.store(v)
-            v = place.load(sums)
+            if not LATER:
+                v = place.load(sums)
         else:
-            v = _load_rows(values, value_n, value_width, Mask, batch, length, at, end, E, sums)
+            v = _load_rows(
+                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, sums
+            )
         row = at + gl.arange(0, 64, gl.SliceLayout(1, sums))
         live = row < end
         if Mask is not None:
@@ -260,29 +332,48 @@ def _compute(
             strength = gl.load(Strength + head).to(gl.float32)
         exponent = range_exponent(gl.load(Largest + entry), headroom)
         factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)
-        bad = gl.load(Bad + entry)
 
+        quadrants = inverse
+        if TIGHT:
+            quadrants = _quadrants(solution, slot)
+            mbarrier.wait(solution_full.index(slot), phase)
+            before = slot
+            slot, phase = _step(slot, phase, solution.shape[0])
         acc = warpgroup_mma_init(acc)
         if n > 0:
             mbarrier.wait(solution_full.index(slot), phase)
             acc = warpgroup_mma(p, solution.index(slot), acc, is_async=True)
-        v = v.to(gl.float32) * power_of_two(exponent)
-        if bad > 0:
-            v = gl.where(gl.abs(v) < float("inf"), v, 0.0)
-        mbarrier.wait(inverse_full, turn)
+            if PER == 2:
+                other, other_phase = _step(slot, phase, solution.shape[0])
+                mbarrier.wait(solution_full.index(other), other_phase)
+                acc = warpgroup_mma(p2, solution.index(other), acc, is_async=True)
+        if LATER:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            v = place.load(sums).to(gl.float32) * power_of_two(exponent)
+        else:
+            v = v.to(gl.float32) * power_of_two(exponent)
+            if bad > 0:
+                v = gl.where(gl.abs(v) < float("inf"), v, 0.0)
+        if not TIGHT:
+            mbarrier.wait(inverse_full, turn)
         acc = warpgroup_mma_wait(0, deps=[acc])
         y = v - acc * factor[:, None]
         mine.store(y.to(gl.float16))
         fence_async_shared()
-        if GROUP == 0:
+        if not AFTER:
             mbarrier.arrive(right_full, count=1)
         gl.thread_barrier()
-        y = warpgroup_mma(inverse.index(2 * GROUP), mine, y, is_async=True)
-        if GROUP == 1:
+        diagonal = quadrants.index(2 * GROUP)
+        below = quadrants.index(1)
+        if REVERSED:
+            diagonal = diagonal.permute((1, 0))
+            below = below.permute((1, 0))
+        y = warpgroup_mma(diagonal, mine, y, is_async=True)
+        if AFTER:
             mbarrier.wait(right_full, turn)
-            y = warpgroup_mma(inverse.index(1), right.index(0), y, is_async=True)
+            y = warpgroup_mma(below, right.index(1 - GROUP), y, is_async=True)
         y = warpgroup_mma_wait(0, deps=[y])
-        if GROUP == 1:
+        if AFTER:
             mbarrier.arrive(right_empty, count=1)
         else:
             mbarrier.wait(right_empty, turn)
@@ -295,25 +386,34 @@ def _compute(
         stores_done(block)
         gl.thread_barrier()
         gl.atomic_add(Done + entry, 1, sem="release")
+        if TIGHT:
+            mbarrier.arrive(solution_empty.index(before), count=1)
         if n > 0:
-            mbarrier.arrive(solution_empty.index(slot), count=1)
-            slot, phase = _step(slot, phase, STAGES)
-        mbarrier.arrive(inverse_empty, count=1)
+            for _ in gl.static_range(PER):
+                mbarrier.arrive(solution_empty.index(slot), count=1)
+                slot, phase = _step(slot, phase, solution.shape[0])
+        if not TIGHT:
+            mbarrier.arrive(inverse_empty, count=1)
 
         y = y * power_of_two(-exponent)
         if bad > 0:
-            # From a sequence's first row that is not finite on, results are NaN.
-            padded = block * 128 + 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, sums))
-            spoiled = (padded >= blocks * 128 - bad) & live
+            # From a sequence's first row that is not finite on, results are NaN; all gradients are.
+            spoiled = live
+            if not REVERSED:
+                padded = block * 128 + 64 * GROUP + gl.arange(0, 64, gl.SliceLayout(1, sums))
+                spoiled = (padded >= blocks * 128 - bad) & live
             y = gl.where(spoiled[:, None], float("nan"), y)
         y = y.to(Y.dtype.element_ty)
-        out = Y + batch * as_long(y_b) + head * as_long(y_h)
+        out = Y + (batch * as_long(y_b) + head * as_long(y_h)) * UNIT
         if PACKED_OUT:
             place = mine._reinterpret(Y.dtype.element_ty, [64, E], right.layout)
             place.store(y)
-            _store_rows(out, y_n, value_width, at, end, place.load(plain), E, plain)
+            _store_rows(out, y_n, value_width, at, end, place.load(plain), UNIT, E, plain)
         else:
-            _store_rows(out, y_n, value_width, at, end, y, E, sums)
+            _store_rows(out, y_n, value_width, at, end, y, UNIT, E, sums)
+        if TIGHT:
+            fence_async_shared()
+            mbarrier.arrive(own_empty, count=1)
         turn ^= 1
         mbarrier.wait(own_full, turn)
         chain = _read(note, 0)
@@ -322,17 +422,28 @@ def _compute(
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "wide", "deep", "length", "headroom"])
 def hopper_solve_kernel(
     KhTile, YhTile, YhHalf, TTile, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
-    value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, value_width, headroom, c2, shift,
+    value_width, value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, SHIFT: gl.constexpr,
+    PACKED: gl.constexpr, REVERSED: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """Grid: any number of programs, best one for each multiprocessor."""
-    own = gl.allocate_shared_memory(gl.float16, [128, D], KhTile.layout)
+    """Grid: any number of programs, best one for each multiprocessor.
+
+    ``value_width`` and the strides are in ``UNIT``s of entries (``plan.in_units``).
+    """
+    TIGHT: gl.constexpr = D + E > 384
+    own = gl.allocate_shared_memory(gl.float16, [128 // M, M, D], KhTile.layout)
     keys = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], KhTile.layout)
-    solution = gl.allocate_shared_memory(gl.float16, [STAGES, M, E], YhTile.layout)
-    inverse = gl.allocate_shared_memory(gl.float16, [3, 64, 64], TTile.layout)
-    right = gl.allocate_shared_memory(gl.float16, [2, 64, E], YhTile.layout)
-    note = gl.allocate_shared_memory(gl.int32, [5, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # A tight block's inverse comes before the last tiles of the solution, all of which are then held.
+    MORE: gl.constexpr = 1 if TIGHT else 0
+    solution = gl.allocate_shared_memory(gl.float16, [STAGES + MORE, M, E], YhTile.layout)
+    if TIGHT:
+        gl.static_assert(M == 64 and D == E)
+        right = own
+        inverse = solution
+    else:
+        inverse = gl.allocate_shared_memory(gl.float16, [3, 64, 64], TTile.layout)
+        right = gl.allocate_shared_memory(gl.float16, [2, 64, E], YhTile.layout)
+    note = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # A phase is one use of a ring's slot, or one ticket. "full": one arrival, by the loader with
     # the bytes that it announces (right_full: by group 0); "empty": one by each group that reads.
     one: gl.constexpr = mbarrier.MBarrierLayout()
@@ -344,8 +455,8 @@ def hopper_solve_kernel(
     right_empty = gl.allocate_shared_memory(gl.int64, [1], one)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    solution_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-    solution_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    solution_full = gl.allocate_shared_memory(gl.int64, [STAGES + MORE, 1], one)
+    solution_empty = gl.allocate_shared_memory(gl.int64, [STAGES + MORE, 1], one)
     mbarrier.init(own_full, count=1)
     mbarrier.init(own_empty, count=2)
     mbarrier.init(inverse_full, count=1)
@@ -355,6 +466,7 @@ def hopper_solve_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(key_full.index(stage), count=1)
         mbarrier.init(key_empty.index(stage), count=2)
+    for stage in gl.static_range(STAGES + MORE):
         mbarrier.init(solution_full.index(stage), count=1)
         mbarrier.init(solution_empty.index(stage), count=2)
     fence_async_shared()
@@ -369,7 +481,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                0, M, STAGES, PACKED, SHIFT, E,
+                0, M, PACKED, REVERSED, TIGHT, SHIFT, UNIT, E,
             )),
             (_compute, (
                 Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
@@ -378,7 +490,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                1, M, STAGES, PACKED, SHIFT, E,
+                1, M, PACKED, REVERSED, TIGHT, SHIFT, UNIT, E,
             )),
             (_loader, (
                 KhTile, YhTile, TTile, Blocks, Done, Ticket,
@@ -386,7 +498,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty,
                 chains, blocks, wide, deep, length,
-                M, STAGES, PACKED, D, E,
+                M, PACKED, REVERSED, TIGHT, D, E,
             )),
         ],
         [4, 1],
@@ -394,29 +506,37 @@ def hopper_solve_kernel(
     )  # fmt: skip
 
 
-def hopper_solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
-    """``stages.solve`` for Hopper: ``Y`` into ``out``, from what `prepare` left."""
+def hopper_solve(
+    run: Run, value: Any, out: Any, rows: Any, mask: Any, strength: Any, *, transposed: bool = False
+) -> None:
+    """``Y`` into ``out`` and ``rows`` from what `prepare` left, or, ``transposed``, ``dV`` from ``dY``."""
     call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_tile, call.solution_tile
+    columns = COLUMNS[max(D, E)]
     keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
-    fixed = 128 * D * 2 + 3 * 64 * 64 * 2 + 128 * E * 2
+
+    def units() -> tuple[int, list[int]]:
+        return in_units(call.value_width, *geometry.strides(value), *geometry.strides(out))
+
+    # A tight block has neither rows nor an inverse of its own, but a third tile of the solution.
+    fixed = 128 * D * 2 + (3 * 64 * 64 * 2 + 128 * E * 2 if D + E <= 384 else columns * E * 2)
     run.launch(
         kernel, min(multiprocessors(call.device), geometry.slots),
         (
             *run.tiles(kernel, lambda: (
-                (at.keys, keys, COLUMNS, D), (at.solved, solution, COLUMNS, E), (at.solved, solution, 64, E),
+                (at.keys, keys, columns, D), (rows, solution, columns, E), (rows, solution, 64, E),
                 (at.inverse, 64, 64, 64),
             )),
             value, out, mask, strength, at.table, at.done, at.largest, at.bad, at.ticket,
         ),
         lambda: (
-            *geometry.strides(value), *geometry.strides(out), geometry.heads, geometry.chains, geometry.blocks,
-            *rounds(geometry), geometry.length, call.value_width, geometry.headroom,
-            call.c2, call.shift(SHIFT_FORWARD),
+            *units()[1], geometry.heads, geometry.chains, geometry.blocks,
+            *rounds(geometry), geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_FORWARD),
         ),
         lambda: {
-            "D": D, "E": E, "M": COLUMNS, "STAGES": min(4, (_SHARED - fixed) // (COLUMNS * (D + E) * 2)),
-            "PACKED": geometry.packed, "SHIFT": SHIFT_FORWARD, "num_warps": 4,
+            "D": D, "E": E, "M": columns, "STAGES": min(4, (_SHARED - fixed) // (columns * (D + E) * 2)),
+            "PACKED": geometry.packed, "REVERSED": transposed, "SHIFT": SHIFT_FORWARD,
+            "UNIT": units()[0], "num_warps": 4,
         },
     )  # fmt: skip

@@ -133,13 +133,21 @@ def _store_as_operand(place, x):
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "reference_c"])
 def inverse_kernel(
     Key, Reference, Value, Second, Mask, Blocks, Kh, Wt, Live, Largest, LargestSecond, Bad, Strength, T,
-    key_b, key_h, key_n, reference_c, value_b, value_h, value_n, second_b, second_h, second_n,
-    heads, chains, blocks, length, width, value_width, c2, shift, eps, exact_one,
+    width, value_width, key_b, key_h, key_n, value_b, value_h, value_n, second_b, second_h, second_n,
+    reference_c, heads, chains, blocks, length, c2, shift, eps, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     R: tl.constexpr, WARPS: tl.constexpr, PACKED: tl.constexpr, OPERAND: tl.constexpr,
-    CENTRED: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: ``chains * blocks`` programs. What they exchange between steps lies in ``Kh`` and ``T``."""
+    """Grid: ``chains * blocks`` programs. What they exchange between steps lies in ``Kh`` and ``T``.
+
+    Widths and strides are in ``UNIT``s of entries (``plan.in_units``).
+    """
+    width *= UNIT
+    value_width *= UNIT
+    key_n *= UNIT
+    value_n *= UNIT
+    second_n *= UNIT
     program = tl.program_id(0)
     chain = program % chains
     block = program // chains
@@ -149,7 +157,7 @@ def inverse_kernel(
     row = tl.arange(0, H)
     upper, upper_live, first_block = live_rows(Mask, Blocks, batch, block, blocks, length, row, R, PACKED)  # fmt: skip
     lower, lower_live, _ = live_rows(Mask, Blocks, batch, block, blocks, length, H + row, R, PACKED)
-    keys = Key + batch * key_b + head * key_h
+    keys = Key + (batch * key_b + head * key_h) * UNIT
     start = (chain.to(tl.int64) * blocks + block) * R
     reference = chain.to(tl.int64) * reference_c + first_block
     k1, k2 = load_keys(keys, upper, key_n, upper_live, width, D1, D2)
@@ -162,14 +170,14 @@ def inverse_kernel(
         k1, k2, lower_live, row >= 0, Reference, Kh, Wt, Live, start + H + row, reference, width, c2, eps,
         D1, D2, CENTRED,
     )  # fmt: skip
-    values = Value + batch * value_b + head * value_h
+    values = Value + (batch * value_b + head * value_h) * UNIT
     seconds = None
     largest = largest_of_rows(
         values, upper, upper_live, lower, lower_live, value_n, value_width, E1, E2, WARPS
     )
     worst = largest
     if Second is not None:
-        seconds = Second + batch * second_b + head * second_h
+        seconds = Second + (batch * second_b + head * second_h) * UNIT
         largest_second = largest_of_rows(
             seconds, upper, upper_live, lower, lower_live, second_n, value_width, E1, E2, WARPS
         )

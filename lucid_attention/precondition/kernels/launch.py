@@ -56,7 +56,7 @@ class _Past:
             reference,
             past=True,
         )
-        stages.in_range(run, self.geometry, self.at, self.value)
+        stages.in_range(run, self.geometry, self.at, self.value, self.at.rows, self.at.largest)
 
 
 def _solve(
@@ -78,7 +78,7 @@ def _solve(
         strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, value, kernel_scale, (strength, key_mask), offsets, longest,
-            keep=past is None and out.dtype == value.dtype,
+            past=past is not None, keep=out.dtype == value.dtype,
         )  # fmt: skip
         run = Run(call, partial(stages.solve_parts, call))
         k, v, o, mask, b, seqs = run.operands(key, value, out, key_mask, strength, offsets)
@@ -135,10 +135,10 @@ def _adjoint(
         strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, solution, kernel_scale, (grad, strength, key_mask), offsets, longest,
-            keep=past is None,
+            past=past is not None,
         )  # fmt: skip
-        fused = past is None and stages.has_fused_adjoint(call)
-        run = Run(call, partial(stages.adjoint_parts, call, fused=fused))
+        form = stages.Form.PORTABLE if past is not None else stages.form_of(call)
+        run = Run(call, partial(stages.adjoint_parts, call, form))
         g, k, y, dk, dv, mask, b, seqs = run.operands(
             grad, key, solution, grad_key, grad_value, key_mask, strength, offsets
         )
@@ -146,10 +146,12 @@ def _adjoint(
         reference = stages.reference(run, key, key_mask, past)
         before = None if past is None else _Past(run, past, reference)
         geometry, at = call.geometry, run.at
-        stages.prepare(run, geometry, at, k, g, y, mask, b, reference, fused=fused)
+        stages.prepare(
+            run, geometry, at, k, g, y, mask, b, reference, fused=form is stages.Form.FUSED
+        )
         past_sum = None
-        if fused:
-            stages.fused_adjoint(run, g, y, dv, k, dk, mask, b)
+        if form is not stages.Form.PORTABLE:
+            stages.hopper_adjoint(run, form, g, y, dv, k, dk, mask, b)
         else:
             stages.adjoint(run, g, y, dv, b)
             if before is not None:

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..numerics import KEY_EPS
 from .adjoint import adjoint_kernel
+from .finish import finish_kernel
 from .inverse import inverse_kernel
 from .past import answer_kernel, range_kernel
 from .plan import (
@@ -25,6 +26,7 @@ from .plan import (
     Part,
     Parts,
     Run,
+    in_units,
     interpreted,
 )
 from .prepare import prepare_kernel
@@ -36,20 +38,7 @@ PREPARED_ROWS = 32
 INVERSE_WARPS = 4
 INVERSE_REGISTERS = {64: 128, 128: 128}
 """By head size, at most so many to a thread: while one program waits for memory, others multiply."""
-HOPPER_WIDTHS = frozenset({(64, 64), (64, 128), (128, 64), (128, 128), (80, 80), (96, 96)})
-"""Of keys and values in workspaces: head sizes of 33 to 64 and 97 to 128, and 65 to 80 or 81 to 96 where both are. The kernels compile
-for other pairs, too, which no test has compared with float64 on a card."""
 INT, FLOAT = torch.int32, torch.float32
-
-
-@functools.cache
-def _has_hopper_kernels(device: torch.device) -> bool:
-    """Hopper's own kernels are in Gluon, whose interface changes with every Triton: 3.6 was tested."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and triton.__version__.startswith("3.6.")
-    )
 
 
 @functools.cache
@@ -57,20 +46,19 @@ def _hopper_module(name: str) -> Any:
     return importlib.import_module(f".hopper_{name}", __package__)
 
 
-def _hopper(call: Call) -> bool:
-    """Half precision with head sizes of `HOPPER_WIDTHS`, on a card that has the kernels."""
-    if call.hopper is None:
-        call.hopper = (
-            call.plan.dtype == torch.float16
-            and (call.key_width, call.solution_width) in HOPPER_WIDTHS
-            and _has_hopper_kernels(call.device)
-        )
-    return call.hopper
+class Form(enum.Enum):
+    """How dV and the key gradient are found."""
+
+    FUSED = "one sweep"  # hopper_adjoint
+    APART = "dV first"  # hopper_solve, hopper_toward
+    PORTABLE = "half of the gradient with dV, half after it"  # adjoint, toward
 
 
-def has_fused_adjoint(call: Call) -> bool:
-    """Both halves of the key gradient in the adjoint sweep: registers allow values as wide as keys."""
-    return _hopper(call) and call.solution_tile <= call.key_tile
+def form_of(call: Call) -> Form:
+    """Without a past. Registers hold both sums of one sweep up to 128 columns, and values no wider than keys."""
+    if not call.hopper:
+        return Form.PORTABLE
+    return Form.FUSED if call.solution_tile <= call.key_tile <= 128 else Form.APART
 
 
 # Memory
@@ -96,18 +84,20 @@ def solve_parts(call: Call) -> Parts:
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
 
-def adjoint_parts(call: Call, *, fused: bool) -> Parts:
+def adjoint_parts(call: Call, form: Form) -> Parts:
     """Memory in units of the values', fused: gh 1 and toward 2; with head sizes of 65 to 96 up to 1.2 and 3.9."""
     geometry, plan = call.geometry, call.plan
+    fused, hopper = form is Form.FUSED, form is not Form.PORTABLE
     zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
     # Programs of Hopper's adjoint report by halves of a block, and pass on turns to add.
     zeros["turn"] = (INT, 2 * geometry.slots * fused)
-    zeros["pairs"] = (FLOAT, geometry.slots * (1 + fused))
+    zeros["norms"] = (INT, 2 * geometry.slots * (form is Form.APART))
+    zeros["pairs"] = (FLOAT, geometry.slots * (1 + hopper))
     scratch = _prepared(call, geometry)
     scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
     scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
     # Hopper's is made of tiles of 64 x 64.
-    scratch["toward"] = geometry.rows(FLOAT, call.key_tile if fused else call.key_width)
+    scratch["toward"] = geometry.rows(FLOAT, call.key_tile if hopper else call.key_width)
     scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
@@ -175,18 +165,20 @@ def prepare(
             lambda: {**shared(), "ROWS": PREPARED_ROWS, "num_warps": 4},
         )  # fmt: skip
         return
+
+    def units() -> tuple[int, list[int]]:
+        strides = (*geometry.strides(key), *geometry.strides(value), *geometry.strides(second))
+        return in_units(call.width, call.value_width, *strides)
+
     run.launch(
         inverse_kernel, geometry.slots,
         (
             key, reference, value, second, mask, at.table, at.keys, at.weights, at.live,
             at.largest, None if second is None else at.largest_second, at.bad, strength, at.inverse,
         ),
-        lambda: (
-            *geometry.strides(key), rows, *geometry.strides(value), *geometry.strides(second),
-            *geometry.sizes, call.width, call.value_width, call.c2, call.shift(0), KEY_EPS, 1.0,
-        ),
+        lambda: (*units()[1], rows, *geometry.sizes, call.c2, call.shift(0), KEY_EPS, 1.0),
         lambda: {
-            **shared(), **call.exact, "OPERAND": fused,
+            **shared(), **call.exact, "OPERAND": fused, "UNIT": units()[0],
             "WARPS": INVERSE_WARPS, "num_warps": INVERSE_WARPS,
             "maxnreg": INVERSE_REGISTERS.get(call.key_width),
         },
@@ -195,8 +187,8 @@ def prepare(
 
 def solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
     call, at, geometry, plan = run.call, run.at, run.call.geometry, run.call.plan
-    if _hopper(call):
-        _hopper_module("solve").hopper_solve(run, value, out, mask, strength)
+    if call.hopper:
+        _hopper_module("solve").hopper_solve(run, value, out, at.solved, mask, strength)
         return
     tiles = plan.solve
     run.launch(
@@ -217,12 +209,32 @@ def solve(run: Run, value: Any, out: Any, mask: Any, strength: Any) -> None:
     )  # fmt: skip
 
 
-def fused_adjoint(
-    run: Run, grad: Any, solution: Any, grad_value: Any, key: Any, grad_key: Any, mask: Any, strength: Any
+def hopper_adjoint(
+    run: Run, form: Form, grad: Any, solution: Any, grad_value: Any, key: Any, grad_key: Any, mask: Any, strength: Any
 ) -> None:  # fmt: skip
-    """DV and the key's gradient, by Hopper's kernels."""
-    hopper_adjoint = _hopper_module("adjoint").hopper_adjoint
-    hopper_adjoint(run, grad, solution, grad_value, key, grad_key, mask, strength)
+    """Gradients of values and keys, by Hopper's kernels."""
+    call, at, geometry = run.call, run.at, run.call.geometry
+    if form is Form.FUSED:
+        _hopper_module("adjoint").hopper_adjoint(run, grad, solution, grad_value, strength)
+    else:
+        transposed = {"transposed": True}
+        _hopper_module("solve").hopper_solve(run, grad, grad_value, at.gh, mask, strength, **transposed)  # fmt: skip
+        in_range(run, geometry, at, solution, at.yh, at.largest_second, at.gh, at.norms)
+        _hopper_module("toward").hopper_toward(run, strength)
+
+    def units() -> tuple[int, list[int]]:
+        return in_units(call.width, *geometry.strides(key), *geometry.strides(grad_key))
+
+    run.launch(
+        finish_kernel, 2 * geometry.slots,
+        (
+            at.toward, key, grad_key, mask, strength, at.table, at.largest, at.largest_second, at.bad,
+        ),
+        lambda: (
+            *units()[1], *geometry.sizes, geometry.headroom, call.kernel_scale, KEY_EPS,
+        ),
+        lambda: {"D": call.key_tile, "UNIT": units()[0], "PACKED": geometry.packed, "num_warps": 8},
+    )  # fmt: skip
 
 
 def adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength: Any) -> None:
@@ -298,13 +310,18 @@ def toward(
     )  # fmt: skip
 
 
-def in_range(run: Run, geometry: Geometry, at: Any, value: Tensor) -> None:
-    """A past's values as columns, scaled by their largest: ``at.rows``."""
+def in_range(
+    run: Run, geometry: Geometry, at: Any, value: Any, rows: Any, largest: Any, other: Any = None, norms: Any = None
+) -> None:  # fmt: skip
+    """Values as columns, ``rows``, scaled by their largest; and the largest ``norms`` of these and ``other`` rows."""
     call, plan = run.call, run.call.plan
     run.launch(
-        range_kernel, geometry.slots, (value, at.rows, at.largest),
+        range_kernel, geometry.slots, (value, at.live, at.table, rows, largest, other, norms),
         lambda: (*geometry.strides(value), 0, *geometry.sizes, call.value_width),
-        lambda: {"R": plan.block, "CENTRED": plan.centred, "num_warps": 4, **call.value_pieces},
+        lambda: {
+            "R": plan.block, "PACKED": geometry.packed, "CENTRED": plan.centred,
+            "num_warps": 4 if call.solution_width <= 128 else 8, **call.value_pieces,
+        },
     )  # fmt: skip
 
 

@@ -88,14 +88,14 @@ def launches(given: dict[str, Tensor | None], plan: Any, launch: Any) -> Named:
 def main() -> None:
     driver.set_active(machine_code.Card())  # type: ignore[no-untyped-call]
     machine_code.Utilities.fill_tma_descriptor = described  # type: ignore[assignment]
-    from lucid_attention.precondition.kernels import launch, plan, stages
+    from lucid_attention.precondition.kernels import family, launch, plan
 
     importlib.import_module("lucid_attention.precondition.kernels.hopper_solve").multiprocessors = (
         lambda device: 132
     )
     report = []
     for width, value_width, hopper in json.loads(sys.argv[1]):
-        stages._has_hopper_kernels = lambda device, answer=hopper: answer  # type: ignore[assignment]
+        family.has_hopper_kernels = lambda device, answer=hopper: answer  # type: ignore[assignment]
         for kind in ("plain", "masked", "packed"):
             plan._calls.clear()
             first = launches(operands(width, value_width, kind), plan, launch)

@@ -156,13 +156,13 @@ def _instructions(code: str) -> Iterator[tuple[str, str]]:
 
 def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool) -> None:
     """Every kernel of a call with a strength, forward and backward, and of one with a past."""
-    from lucid_attention.precondition.kernels import launch, plan, stages
+    from lucid_attention.precondition.kernels import family, launch, plan
 
     adjoint: Any = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
     adjoint.LATE_FROM = 0 if late else 1 << 30
     plan._calls.clear()
 
-    stages._has_hopper_kernels = lambda device: hopper  # type: ignore[assignment]
+    family.has_hopper_kernels = lambda device: hopper  # type: ignore[assignment]
     key = torch.zeros(1, 2, seq, width, dtype=torch.bfloat16)
     value = torch.zeros(1, 2, seq, value_width, dtype=torch.bfloat16)
     strength = torch.ones(2)
