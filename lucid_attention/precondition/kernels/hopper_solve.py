@@ -42,7 +42,7 @@ from .hopper_tiles import (
     stores_done,
     wait_for,
 )
-from .plan import SHIFT_FORWARD, in_units, rounds
+from .plan import ROUND, SHIFT_FORWARD, WIDE_ROUND, in_units, rounds
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -213,7 +213,8 @@ def _compute(
 ):  # fmt: skip
     """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block.
 
-    ``TIGHT``: the rows in ``right`` take the place of the block's keys, which are loaded when those are done with.
+    ``TIGHT``: ``right`` is where the block's keys were, which the next block's wait for; the inverse comes in the place of a
+    tile of the solution, before the last two.
     """
     PER: gl.constexpr = 128 // M
     LAST: gl.constexpr = 0 if REVERSED else 1
@@ -424,13 +425,12 @@ def hopper_solve_kernel(
     KhTile, YhTile, YhHalf, TTile, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
     value_width, value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, REVERSED: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
+    PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best one for each multiprocessor.
 
     ``value_width`` and the strides are in ``UNIT``s of entries (``plan.in_units``).
     """
-    TIGHT: gl.constexpr = D + E > 384
     own = gl.allocate_shared_memory(gl.float16, [128 // M, M, D], KhTile.layout)
     keys = gl.allocate_shared_memory(gl.float16, [STAGES, M, D], KhTile.layout)
     # A tight block's inverse comes before the last tiles of the solution, all of which are then held.
@@ -519,8 +519,9 @@ def hopper_solve(
     def units() -> tuple[int, list[int]]:
         return in_units(call.value_width, *geometry.strides(value), *geometry.strides(out))
 
-    # A tight block has neither rows nor an inverse of its own, but a third tile of the solution.
-    fixed = 128 * D * 2 + (3 * 64 * 64 * 2 + 128 * E * 2 if D + E <= 384 else columns * E * 2)
+    # All that is held at a time would be 128 + 64 + 24 + 2 * 64 KiB.
+    tight = D == E == 256
+    fixed = 128 * D * 2 + (columns * E * 2 if tight else 128 * E * 2 + 3 * 64 * 64 * 2)
     run.launch(
         kernel, min(multiprocessors(call.device), geometry.slots),
         (
@@ -532,11 +533,12 @@ def hopper_solve(
         ),
         lambda: (
             *units()[1], geometry.heads, geometry.chains, geometry.blocks,
-            *rounds(geometry), geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_FORWARD),
+            *rounds(geometry, WIDE_ROUND if tight else ROUND), geometry.length, geometry.headroom,
+            call.c2, call.shift(SHIFT_FORWARD),
         ),
         lambda: {
             "D": D, "E": E, "M": columns, "STAGES": min(4, (_SHARED - fixed) // (columns * (D + E) * 2)),
-            "PACKED": geometry.packed, "REVERSED": transposed, "SHIFT": SHIFT_FORWARD,
-            "UNIT": units()[0], "num_warps": 4,
+            "PACKED": geometry.packed, "REVERSED": transposed, "TIGHT": tight,
+            "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "num_warps": 4,
         },
     )  # fmt: skip
