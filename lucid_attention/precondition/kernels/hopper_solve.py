@@ -519,7 +519,7 @@ def hopper_solve(
     def units() -> tuple[int, list[int]]:
         return in_units(call.value_width, *geometry.strides(value), *geometry.strides(out))
 
-    # All that is held at a time would be 128 + 64 + 24 + 2 * 64 KiB.
+    # Keys, rows, the inverse and two stages of tiles by themselves would take 64 + 64 + 24 + 2 * 64 KiB.
     tight = D == E == 256
     fixed = 128 * D * 2 + (columns * E * 2 if tight else 128 * E * 2 + 3 * 64 * 64 * 2)
     run.launch(
