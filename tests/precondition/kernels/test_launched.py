@@ -14,7 +14,14 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("launched.py")
 
 
-LONG = [(20, 68, False), (64, 64, True), (68, 68, True), (128, 64, True), (64, 128, True)]
+LONG = [
+    (20, 68, False),
+    (64, 64, True),
+    (68, 68, True),
+    (128, 64, True),
+    (64, 128, True),
+    (256, 256, True),
+]
 
 
 @pytest.mark.parametrize(

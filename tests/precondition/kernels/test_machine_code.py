@@ -20,7 +20,17 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("machine_code.py")
 PORTABLE = [(16, 16), (17, 40), (24, 64), (64, 32), (68, 68), (100, 56), (128, 68), (160, 36), (256, 256)]  # fmt: skip
-HOPPER = [(64, 64), (128, 128), (128, 64), (64, 128), (68, 68), (96, 96)]
+HOPPER = [
+    (64, 64),
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (68, 68),
+    (96, 96),
+    (256, 256),
+    (136, 136),
+    (192, 128),
+]
 
 
 def report_of(*jobs: object) -> list[dict[str, Any]]:
@@ -49,7 +59,10 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     found = report_of([*sizes, 300, True, late])
     names = {line["kernel"] for line in found}
     assert "hopper_solve_kernel" in names
-    assert ("hopper_adjoint_kernel" in names) == ("finish_kernel" in names) == (sizes[1] <= sizes[0])  # fmt: skip
+    one_sweep = sizes[1] <= sizes[0] <= 128
+    assert ("hopper_adjoint_kernel" in names) == one_sweep
+    assert ("hopper_toward_kernel" in names) == (not one_sweep)
+    assert not names & {"solve_kernel", "adjoint_kernel", "toward_kernel"}
     assert [line for line in found if line["spoiled"] or line["serialised"]] == []
     # Rows of 68 begin at multiples of 8 bytes only; one entry at a time costs five times as long.
     assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
