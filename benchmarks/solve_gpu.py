@@ -312,8 +312,9 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
         attention = [shape for shape in attention if shape.head_dim in options.head_dims]
     measured = (shapes if "solve" in parts else []) + (attention if "attention" in parts else [])
     kinds = {(shape.head_dim, shape.dtype) for shape in measured}
-    precise = precision_gpu.jobs(options.quick, options.head_dims)
-    precision_jobs = precise if "precision" in parts else []
+    precision_jobs = []
+    if "precision" in parts:
+        precision_jobs = precision_gpu.jobs(options.quick, options.head_dims)
     if not measured + precision_jobs:
         raise SystemExit(f"--head-dims: no shape of --part {options.part} has {options.head_dims}")
     kinds |= {(job.shape.head_dim, job.shape.dtype) for job in precision_jobs}

@@ -15,7 +15,8 @@ HOPPER_WIDTHS = frozenset(
 161 to 192 and 193 to 256; keys of 161 to 192 with values of 97 to 128. The kernels compile for other pairs, too, which no test has
 compared with float64 on a card."""
 NARROW = 128
-"""Wider keys or values need blocks of their own size in the portable kernels, which alone know of a past."""
+"""Wider keys or values have blocks of 64 rows in the portable kernels, which all pasts go through, and of 128 in Hopper's:
+a call with such a past takes the portable ones throughout."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""RMS-norm's backward on what `hopper_adjoint` added up."""
+"""RMS-norm's backward on what Hopper's kernels added up."""
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def finish_kernel(
     if Strength is not None:
         strength = tl.load(Strength + head).to(tl.float32)
 
-    # From the order of the registers to rows and columns; see hopper_adjoint's _hand_over.
+    # From the order of the registers to rows and columns; see ``hopper_tiles.in_order``.
     grad = tl.load(Toward + program.to(tl.int64) * (64 * D) + tl.arange(0, 64 * D))
     grad = tl.permute(tl.reshape(grad, (D // 8, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
     grad = tl.reshape(grad, (64, D))

@@ -81,7 +81,7 @@ from .hopper_tiles import (
     range_exponent,
     stores_done,
 )
-from .plan import SHIFT_BACKWARD, rounds
+from .plan import SHIFT_BACKWARD, in_units, rounds
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -107,32 +107,32 @@ def _inverse(T, quadrant, E: gl.constexpr):
 
 
 @gluon.jit
-def _rows_at(base, stride, first_row, count, width: gl.constexpr, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _rows_at(base, stride, first_row, count, width: gl.constexpr, UNIT: gl.constexpr, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Pointers to a group's rows of a user's tensor, and which of their entries exist."""
     row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, E, layout=gl.SliceLayout(0, layout))
-    pointers = base + (first_row + row).to(gl.int64)[:, None] * stride + column[None, :]
+    pointers = base + (first_row + row).to(gl.int64)[:, None] * (stride * UNIT) + column[None, :]
     return pointers, row, (row < count)[:, None] & (column < width)[None, :]
 
 
 @gluon.jit
-def _load_rows(base, stride, WIDTH: gl.constexpr, Live, slot, first_row, count, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _load_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, Live, slot, first_row, count, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """A group's rows, 0 where there is no token."""
-    pointers, row, inside = _rows_at(base, stride, first_row, count, WIDTH, W, E, layout)
+    pointers, row, inside = _rows_at(base, stride, first_row, count, WIDTH, UNIT, W, E, layout)
     live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
     return gl.load(pointers, mask=inside & live[:, None], other=0.0)
 
 
 @gluon.jit
-def _store_rows(base, stride, WIDTH: gl.constexpr, first_row, count, x, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    pointers, _, inside = _rows_at(base, stride, first_row, count, WIDTH, W, E, layout)
+def _store_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, first_row, count, x, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    pointers, _, inside = _rows_at(base, stride, first_row, count, WIDTH, UNIT, W, E, layout)
     gl.store(pointers, x, mask=inside)
 
 
 @gluon.jit
 def _group(
-    everything, W: gl.constexpr, WIDTH: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr
-):
+    everything, W: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr
+):  # fmt: skip
     """Rows ``64 W`` to ``64 W + 63`` of the block: the sweep, dV, and what follows it."""
     (
         keys, solution, key_ring, grad_ring, pieces, staging, norms,
@@ -150,7 +150,9 @@ def _group(
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
     row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, plain))
     column = gl.arange(0, E, layout=gl.SliceLayout(0, plain))
-    pointers = Solution + (first_row + row).to(gl.int64)[:, None] * solution_n + column[None, :]
+    pointers = (
+        Solution + (first_row + row).to(gl.int64)[:, None] * (solution_n * UNIT) + column[None, :]
+    )
     mask = (row < count)[:, None] & (column < WIDTH)[None, :]
     y = gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
     live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
@@ -212,7 +214,7 @@ def _group(
     NARROW: gl.constexpr = Grad.dtype.element_ty.primitive_bitwidth == 16
     EXCHANGE: gl.constexpr = NARROW and E <= 64  # or there are no registers to load so early
     if EXCHANGE:
-        r = _load_rows(Grad, grad_n, WIDTH, Live, slot, first_row, count, W, E, plain)
+        r = _load_rows(Grad, grad_n, WIDTH, UNIT, Live, slot, first_row, count, W, E, plain)
     spoiled = gl.load(Bad + sequence) > 0
     left = _inverse(T, 1 + W, E)
     if not LATE:  # noqa: SIM102 (one is known to the compiler, the other is not)
@@ -250,7 +252,9 @@ def _group(
         place.store(r)
         r = place.load(accumulator(E))
     else:
-        r = _load_rows(Grad, grad_n, WIDTH, Live, slot, first_row, count, W, E, accumulator(E))
+        r = _load_rows(
+            Grad, grad_n, WIDTH, UNIT, Live, slot, first_row, count, W, E, accumulator(E)
+        )
     r = r.to(gl.float32) * power_of_two(exponent)
     r = gl.where(gl.abs(r) < float("inf"), r, 0.0)
     row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(E)))
@@ -283,9 +287,9 @@ def _group(
     if NARROW:
         place = mine._reinterpret(GradValue.dtype.element_ty, [64, E], pieces.layout)
         place.store(r.to(GradValue.dtype.element_ty))
-        _store_rows(GradValue, out_n, WIDTH, first_row, count, place.load(plain), W, E, plain)
+        _store_rows(GradValue, out_n, WIDTH, UNIT, first_row, count, place.load(plain), W, E, plain)
     else:
-        _store_rows(GradValue, out_n, WIDTH, first_row, count, r, W, E, accumulator(E))
+        _store_rows(GradValue, out_n, WIDTH, UNIT, first_row, count, r, W, E, accumulator(E))
     mbarrier.arrive(meet)
 
     # The key gradient's terms of the next block, then of the block itself.
@@ -339,10 +343,10 @@ def hopper_adjoint_kernel(
     Done, LargestGrad, LargestSolution, Bad, Turn, Ticket,
     grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
     heads, chains, blocks, wide, deep, length, headroom, c2, shift,
-    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, PACKED: gl.constexpr,
-    SHIFT: gl.constexpr, LATE: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr,
+    PACKED: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """Grid: ``chains * blocks`` programs."""
+    """Grid: ``chains * blocks`` programs. Strides are in ``UNIT``s of entries (``plan.in_units``)."""
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
     chain, row = place_ticket(ticket, chains, blocks, wide, deep)
     block = blocks - 1 - row
@@ -363,9 +367,9 @@ def hopper_adjoint_kernel(
     late = 0
     if not LATE:
         late = gl.minimum(need, 1)
-    Grad += batch * grad_b + head * grad_h
-    Solution += batch * solution_b + head * solution_h
-    GradValue += batch * out_b + head * out_h
+    Grad += (batch * grad_b + head * grad_h) * UNIT
+    Solution += (batch * solution_b + head * solution_h) * UNIT
+    GradValue += (batch * out_b + head * out_h) * UNIT
     if Strength is not None:
         Strength += head
 
@@ -404,7 +408,7 @@ def hopper_adjoint_kernel(
     if count > 0:
         counter = Done + sequence
         last = slot + need  # of the sequence, among all chains' blocks
-        right = Grad + first_row.to(gl.int64) * grad_n
+        right = Grad + first_row.to(gl.int64) * (grad_n * UNIT)
         group = (
             keys, solution, key_ring, grad_ring, pieces, staging, norms,
             own, key_full, grad_full, empty, t_full, o_full, o_empty, meet,
@@ -414,9 +418,9 @@ def hopper_adjoint_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_group, (group, gl.constexpr(0), WIDTH, SHIFT, LATE)),
-                (_group, (group, gl.constexpr(1), WIDTH, SHIFT, LATE)),
-                (load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n, count, WIDTH)),
+                (_group, (group, gl.constexpr(0), WIDTH, UNIT, SHIFT, LATE)),
+                (_group, (group, gl.constexpr(1), WIDTH, UNIT, SHIFT, LATE)),
+                (load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n * UNIT, count, WIDTH)),
                 (load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
                 (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
                 (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
@@ -434,6 +438,11 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
     columns = 64 if D == 128 else 128
     kernel = hopper_adjoint_kernel
     late = D == 64 and geometry.slots >= LATE_FROM
+
+    def units() -> tuple[int, list[int]]:
+        strides = (geometry.strides(x) for x in (grad, solution, grad_value))
+        return in_units(*(stride for tensor in strides for stride in tensor))
+
     run.launch(
         kernel, geometry.slots,
         (
@@ -445,12 +454,11 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
             strength, at.table, at.done, at.largest, at.largest_second, at.bad, at.turn, at.ticket,
         ),
         lambda: (
-            *geometry.strides(grad), *geometry.strides(solution), *geometry.strides(grad_value),
-            geometry.heads, geometry.chains, geometry.blocks, *rounds(geometry),
+            *units()[1], geometry.heads, geometry.chains, geometry.blocks, *rounds(geometry),
             geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_BACKWARD),
         ),
         lambda: {
-            "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "PACKED": geometry.packed,
+            "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "UNIT": units()[0], "PACKED": geometry.packed,
             "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
         },
     )  # fmt: skip

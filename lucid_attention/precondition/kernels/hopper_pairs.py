@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tiles import accumulator, anew, exp2, halves, operand
+from .hopper_tiles import accumulator, anew, exp2, halves, in_order, operand
 
 STAGES = gl.constexpr(2)
 """Tiles of columns whose keys or dV are held, or on their way, at a time; both are asked for a tile ahead."""
@@ -46,10 +46,8 @@ def claim(staging, o_empty, push, W: gl.constexpr):
 
 @gluon.jit
 def put(x, staging, at):
-    """Store a tile of 64 x 64 in the order of the registers: 16 bytes of a thread together."""
-    x = gl.permute(gl.reshape(x, (4, 2, 8, 8, 4, 2)), (3, 0, 2, 4, 1, 5))
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
-    staging.index(at).store(gl.convert_layout(gl.reshape(x, (16, 256)), layout))
+    """Store a tile of 64 x 64."""
+    staging.index(at).store(in_order(x))
 
 
 @gluon.jit

@@ -348,16 +348,15 @@ def _compute(
                 other, other_phase = _step(slot, phase, solution.shape[0])
                 mbarrier.wait(solution_full.index(other), other_phase)
                 acc = warpgroup_mma(p2, solution.index(other), acc, is_async=True)
-        if LATER:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            v = place.load(sums).to(gl.float32) * power_of_two(exponent)
-        else:
+        if not LATER:
             v = v.to(gl.float32) * power_of_two(exponent)
             if bad > 0:
                 v = gl.where(gl.abs(v) < float("inf"), v, 0.0)
         if not TIGHT:
             mbarrier.wait(inverse_full, turn)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        if LATER:
+            v = place.load(sums).to(gl.float32) * power_of_two(exponent)
         y = v - acc * factor[:, None]
         mine.store(y.to(gl.float16))
         fence_async_shared()
@@ -365,14 +364,14 @@ def _compute(
             mbarrier.arrive(right_full, count=1)
         gl.thread_barrier()
         diagonal = quadrants.index(2 * GROUP)
-        below = quadrants.index(1)
+        corner = quadrants.index(1)
         if REVERSED:
             diagonal = diagonal.permute((1, 0))
-            below = below.permute((1, 0))
+            corner = corner.permute((1, 0))
         y = warpgroup_mma(diagonal, mine, y, is_async=True)
         if AFTER:
             mbarrier.wait(right_full, turn)
-            y = warpgroup_mma(below, right.index(1 - GROUP), y, is_async=True)
+            y = warpgroup_mma(corner, right.index(1 - GROUP), y, is_async=True)
         y = warpgroup_mma_wait(0, deps=[y])
         if AFTER:
             mbarrier.arrive(right_empty, count=1)
@@ -445,7 +444,7 @@ def hopper_solve_kernel(
         right = gl.allocate_shared_memory(gl.float16, [2, 64, E], YhTile.layout)
     note = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # A phase is one use of a ring's slot, or one ticket. "full": one arrival, by the loader with
-    # the bytes that it announces (right_full: by group 0); "empty": one by each group that reads.
+    # the bytes that it announces (right_full: by the half that is solved first); "empty": one by each group that reads.
     one: gl.constexpr = mbarrier.MBarrierLayout()
     own_full = gl.allocate_shared_memory(gl.int64, [1], one)
     own_empty = gl.allocate_shared_memory(gl.int64, [1], one)

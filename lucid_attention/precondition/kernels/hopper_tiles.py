@@ -126,6 +126,15 @@ def operand(x, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def in_order(x):
+    """64 rows in the order of the registers, which `finish` reads: 16 bytes of a thread together."""
+    D: gl.constexpr = x.shape[1]
+    x = gl.permute(gl.reshape(x, (4, 2, 8, D // 8, 4, 2)), (3, 0, 2, 4, 1, 5))
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    return gl.convert_layout(gl.reshape(x, (D // 4, 256)), layout)
+
+
+@gluon.jit
 def halves(x):
     """64 x 128 as two tiles of 64 x 64: no data moves."""
     first, second = gl.split(gl.permute(gl.reshape(x, (64, 2, 64)), (0, 2, 1)))

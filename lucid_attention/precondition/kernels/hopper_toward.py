@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tiles import accumulator, anew, exp2, operand, power_of_two, range_exponent
+from .hopper_tiles import accumulator, anew, exp2, in_order, operand, power_of_two, range_exponent
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -96,7 +96,7 @@ def _loader(
 
 @gluon.jit
 def _above(square):
-    """A ``k`` above -21 with ``2^k >= sqrt(square)``, at most twice too large."""
+    """A ``k`` with ``2^k >= sqrt(square)``, at most twice too large unless it is -20, the least."""
     half = ((square.to(gl.int32, bitcast=True) >> 23) - 125) >> 1
     return gl.maximum(half, -20)
 
@@ -206,20 +206,17 @@ def _group(
         later, earlier, 128 - earlier * M - 64 * GROUP, c2, shift + exponent, GROUP, False, False,
     )  # fmt: skip
     toward = toward * power_of_two(-exponent)
-    # In the order of the registers, which `finish` reads: 16 bytes of a thread together.
-    toward = gl.permute(gl.reshape(toward, (4, 2, 8, D // 8, 4, 2)), (3, 0, 2, 4, 1, 5))
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
-    toward = gl.convert_layout(gl.reshape(toward, (D // 4, 256)), layout)
-    line = gl.arange(0, D // 4, layout=gl.SliceLayout(1, layout))[:, None]
-    entry = gl.arange(0, 256, layout=gl.SliceLayout(0, layout))[None, :]
+    toward = in_order(toward)
+    line = gl.arange(0, D // 4, layout=gl.SliceLayout(1, toward.type.layout))[:, None]
+    entry = gl.arange(0, 256, layout=gl.SliceLayout(0, toward.type.layout))[None, :]
     Toward += (slot * 2 + GROUP).to(gl.int64) * (64 * D)
     gl.store(Toward + line * 256 + entry, toward)
 
 
-@gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length", "headroom"])
+@gluon.jit(do_not_specialize=["heads", "blocks", "length", "headroom"])
 def hopper_toward_kernel(
     KeyTile, GradTile, SolutionTile, Toward, StrengthSum, Strength, Blocks, Norms, LargestGrad, LargestSolution, Bad,
-    heads, chains, blocks, length, headroom, c2, shift,
+    heads, blocks, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs, a chain's one after another."""
@@ -309,7 +306,9 @@ def hopper_toward(run: Run, strength: Any) -> None:
             at.toward, None if strength is None else at.pairs, strength, at.table, at.norms,
             at.largest, at.largest_second, at.bad,
         ),
-        lambda: (*geometry.sizes, geometry.headroom, call.c2, call.shift(0)),
+        lambda: (
+            geometry.heads, geometry.blocks, geometry.length, geometry.headroom, call.c2, call.shift(0),
+        ),
         lambda: {
             "D": D, "E": E, "M": COLUMNS,
             "STAGES": min(4, (_SHARED - 128 * (D + E) * 2) // (COLUMNS * (D + E) * 2)),

@@ -130,7 +130,7 @@ def in_units(*lengths: int) -> tuple[int, list[int]]:
     A kernel that multiplies by a constant unit knows that so many entries lie together; of rows of 68, which
     begin at no multiple of 16 bytes, it would otherwise move each entry by itself, at a fifth of the speed.
     """
-    # Multiples of 16 Triton knows by itself. Its 64-bit numbers are those that need it; divided, they would not,
+    # Multiples of 16 Triton knows by itself. One unit serves all: where widths differ the wider step is lost. Its 64-bit numbers are those that need it; divided, they would not,
     # and overflow when multiplied again.
     known = math.gcd(*lengths) % 16 == 0 or max(lengths) >= 1 << 31
     unit = 1 if known else math.gcd(8, *lengths)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..numerics import KEY_EPS
 from .adjoint import adjoint_kernel
+from .columns import range_kernel
 from .finish import finish_kernel
 from .inverse import inverse_kernel
-from .past import answer_kernel, range_kernel
+from .past import answer_kernel
 from .plan import (
     SHIFT_BACKWARD,
     SHIFT_FORWARD,
@@ -85,7 +86,7 @@ def solve_parts(call: Call) -> Parts:
 
 
 def adjoint_parts(call: Call, form: Form) -> Parts:
-    """Memory in units of the values', fused: gh 1 and toward 2; with head sizes of 65 to 96 up to 1.2 and 3.9."""
+    """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where tiles are wider up to 1.2, 3.9 and 1.1."""
     geometry, plan = call.geometry, call.plan
     fused, hopper = form is Form.FUSED, form is not Form.PORTABLE
     zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
@@ -96,7 +97,7 @@ def adjoint_parts(call: Call, form: Form) -> Parts:
     scratch = _prepared(call, geometry)
     scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
     scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
-    # Hopper's is made of tiles of 64 x 64.
+    # Hopper's has whole tiles: of 64 x 64, or 64 rows of all columns.
     scratch["toward"] = geometry.rows(FLOAT, call.key_tile if hopper else call.key_width)
     scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
@@ -217,8 +218,8 @@ def hopper_adjoint(
     if form is Form.FUSED:
         _hopper_module("adjoint").hopper_adjoint(run, grad, solution, grad_value, strength)
     else:
-        transposed = {"transposed": True}
-        _hopper_module("solve").hopper_solve(run, grad, grad_value, at.gh, mask, strength, **transposed)  # fmt: skip
+        hopper_solve = _hopper_module("solve").hopper_solve
+        hopper_solve(run, grad, grad_value, at.gh, mask, strength, transposed=True)
         in_range(run, geometry, at, solution, at.yh, at.largest_second, at.gh, at.norms)
         _hopper_module("toward").hopper_toward(run, strength)
 
