@@ -57,7 +57,7 @@ def operands(width: int, value_width: int, kind: str) -> dict[str, Tensor | None
 def launches(given: dict[str, Tensor | None], plan: Any, launch: Any) -> Named:
     """The launches of a solve and its adjoint, with names for addresses."""
     key, value, grad, strength, mask, offsets = given.values()
-    scale = 0.1
+    scale = 0.05  # in half precision at every head size
     found: Named = []
     for backward in (False, True):
         buffers: list[Tensor] = []
