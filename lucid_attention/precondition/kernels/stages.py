@@ -86,7 +86,7 @@ def solve_parts(call: Call) -> Parts:
 
 
 def adjoint_parts(call: Call, form: Form) -> Parts:
-    """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where tiles are wider up to 1.2, 3.9 and 1.1."""
+    """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where tiles are wider up to 1.2, 4.0 and 1.1."""
     geometry, plan = call.geometry, call.plan
     fused, hopper = form is Form.FUSED, form is not Form.PORTABLE
     zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
