@@ -172,6 +172,14 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         solve_gpu.main()
 
 
+def test_the_error_table_of_some_head_sizes() -> None:
+    found = precision_gpu.cases(False, [256])
+    assert {(case[0], case[1]) for case in found} == {(256, 4096), (256, 32768)}
+    every = {case[0] for case in precision_gpu.cases(False)}
+    assert every == {64, 128, 256}
+    assert {job.shape.head_dim for job in precision_gpu.jobs(False, [64])} == {64}
+
+
 def test_head_sizes_that_no_shape_has(tmp_path: Path) -> None:
     """Before anything is compiled or written."""
     options = argparse.Namespace(quick=False, head_dims=[68], part="attention", out=tmp_path)

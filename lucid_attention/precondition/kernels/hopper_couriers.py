@@ -12,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_pairs import STAGES, USED, buffer_of, place_in
-from .hopper_tiles import look_at, reduce_add, stores_done, wait_for
+from .hopper_pairs import STAGES, USED, buffer_of
+from .hopper_tiles import look_at, place_in, reduce_add, stores_done, wait_for
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tiles import accumulator, anew, exp2, halves, in_order, operand
+from .hopper_tiles import accumulator, anew, exp2, halves, in_order, operand, place_in
 
 STAGES = gl.constexpr(2)
 """Tiles of columns whose keys or dV are held, or on their way, at a time; both are asked for a tile ahead."""
@@ -20,14 +20,6 @@ USED = gl.constexpr(4)
 BUFFERS = gl.constexpr(4)
 """Tiles of O on their way to the adders, two of each group: three would need the groups to meet (`hopper_adjoint.py`)."""
 CHUNK = gl.constexpr(64)
-
-
-@gluon.jit
-def place_in(ring, n):
-    """Which place of a ring of two or four has tile ``n``, and the parity of how often it was taken before."""
-    SIZE: gl.constexpr = ring.shape[0]
-    gl.static_assert(SIZE == 2 or SIZE == 4)
-    return n & (SIZE - 1), (n >> (SIZE // 2)) & 1
 
 
 @gluon.jit

@@ -231,9 +231,8 @@ def _compute(
     # Two bytes an entry go through shared memory, so that threads move 16 bytes of a row; four go as they are.
     PACKED_IN: gl.constexpr = Value.dtype.element_ty.primitive_bitwidth == 16
     PACKED_OUT: gl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
-    LATER: gl.constexpr = (
-        PACKED_IN and TIGHT
-    )  # no registers hold values while the last products run
+    # There are no registers then to hold values while the last products run: they wait in shared memory.
+    DELAYED: gl.constexpr = PACKED_IN and TIGHT
     nothing = gl.zeros([64, M], gl.float32, product)
     key_slot = 0
     key_phase = 0
@@ -314,11 +313,11 @@ def _compute(
                 values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
             )
             place = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout)
-            if LATER:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if DELAYED:  # noqa: SIM102 (one is known to the compiler, the other is not)
                 if bad > 0:
                     v = gl.where(gl.abs(v.to(gl.float32)) < float("inf"), v, 0.0)
             place.store(v)
-            if not LATER:
+            if not DELAYED:
                 v = place.load(sums)
         else:
             v = _load_rows(
@@ -348,14 +347,14 @@ def _compute(
                 other, other_phase = _step(slot, phase, solution.shape[0])
                 mbarrier.wait(solution_full.index(other), other_phase)
                 acc = warpgroup_mma(p2, solution.index(other), acc, is_async=True)
-        if not LATER:
+        if not DELAYED:
             v = v.to(gl.float32) * power_of_two(exponent)
             if bad > 0:
                 v = gl.where(gl.abs(v) < float("inf"), v, 0.0)
         if not TIGHT:
             mbarrier.wait(inverse_full, turn)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        if LATER:
+        if DELAYED:
             v = place.load(sums).to(gl.float32) * power_of_two(exponent)
         y = v - acc * factor[:, None]
         mine.store(y.to(gl.float16))

@@ -126,6 +126,14 @@ def operand(x, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def place_in(ring, n):
+    """Which place of a ring of one, two or four has tile ``n``, and the parity of how often it was taken before."""
+    SIZE: gl.constexpr = ring.shape[0]
+    gl.static_assert(SIZE == 1 or SIZE == 2 or SIZE == 4)
+    return n & (SIZE - 1), (n >> (SIZE // 2)) & 1
+
+
+@gluon.jit
 def in_order(x):
     """64 rows in the order of the registers, which `finish` reads: 16 bytes of a thread together."""
     D: gl.constexpr = x.shape[1]

@@ -35,7 +35,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tiles import accumulator, anew, exp2, in_order, operand, power_of_two, range_exponent
+from .hopper_tiles import (
+    accumulator,
+    anew,
+    exp2,
+    in_order,
+    operand,
+    place_in,
+    power_of_two,
+    range_exponent,
+)
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -46,17 +55,8 @@ _SHARED = 225 * 1024
 
 
 @gluon.jit
-def _slot(tile, STAGES: gl.constexpr):
-    """A tile's place in a ring, and the parity of how often it was taken before."""
-    if STAGES == 1:
-        return 0, tile & 1
-    return tile % STAGES, (tile // STAGES) & 1
-
-
-@gluon.jit
 def _send(Tile, at, ring, full, empty, tile):
-    STAGES: gl.constexpr = ring.shape[0]
-    slot, phase = _slot(tile, STAGES)
+    slot, phase = place_in(ring, tile)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), Tile.block_type.nbytes)
     tma.async_copy_global_to_shared(Tile, [at, 0], full.index(slot), ring.index(slot))
@@ -119,13 +119,13 @@ def _products(own, rows, keys, columns, key_full, column_full, tile, pred, GROUP
     """Start a tile's ``S`` and ``G`` once it is there; with ``pred`` false on whatever is there."""
     half = GROUP + anew()
     M: gl.constexpr = keys.shape[1]
-    slot, phase = _slot(tile, keys.shape[0])
+    slot, phase = place_in(keys, tile)
     zero = gl.zeros([64, M], gl.float32, accumulator(M))
     mbarrier.wait(key_full.index(slot), phase, pred=pred)
     s = warpgroup_mma(
         own.index(half), keys.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True
     )
-    slot, phase = _slot(tile, columns.shape[0])
+    slot, phase = place_in(columns, tile)
     mbarrier.wait(column_full.index(slot), phase, pred=pred)
     g = warpgroup_mma(
         rows.index(half), columns.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -147,7 +147,7 @@ def _sweep(
     s, g = warpgroup_mma_wait(0, deps=[s, g])
     for step in range(tiles):
         tile = first + step
-        slot, _ = _slot(tile, columns.shape[0])
+        slot, _ = place_in(columns, tile)
         mbarrier.arrive(column_empty.index(slot))
         t = g * exp2(s * c2 + shift)
         # Of the block itself either direction counts one half; everything else lies on one side.
@@ -159,7 +159,7 @@ def _sweep(
         else:
             t = gl.where(column + edge < row, t, 0.0)
             edge += M
-        slot, _ = _slot(tile, keys.shape[0])
+        slot, _ = place_in(keys, tile)
         toward = warpgroup_mma(operand(t, D), keys.index(slot), toward, is_async=True)
         more = step + 1 < tiles
         s, g = _products(own, rows, keys, columns, key_full, column_full, tile + 1, more, GROUP)
