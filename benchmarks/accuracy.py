@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu import PASSES, Shape, operands
 from lucid_attention import precondition
+from lucid_attention.precondition.validation import PRECISIONS
 
 GATE_SEQS = (2048, 300)
 # Largest relative errors of (Y and dV, dK); a half-precision output is rounded to 1.7e-3 (bfloat16).
@@ -23,13 +24,16 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def gradients(impl: str, key: Tensor, value: Tensor, grad: Tensor, *, backward: bool = True) -> list[Tensor]:  # fmt: skip
+def gradients(
+    impl: str, key: Tensor, value: Tensor, grad: Tensor, *, backward: bool = True, precision: str = "default"
+) -> list[Tensor]:  # fmt: skip
     """Y, and dV and dK if they are wanted."""
+    how = {"impl": impl, "precision": precision}
     if not backward:
         with torch.no_grad():
-            return [precondition(key, value, impl=impl)]
+            return [precondition(key, value, **how)]
     leaves = [x.detach().requires_grad_() for x in (value, key)]
-    y = precondition(leaves[1], leaves[0], impl=impl)
+    y = precondition(leaves[1], leaves[0], **how)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
@@ -51,28 +55,31 @@ def gate(kinds: set[tuple[int, str]], device: str = "cuda", impl: str = "triton"
             shape = Shape(2, 4, seq, head_dim, dtype)
             _, *given = operands(shape, device)
             exact = gradients("reference", *(x.double() for x in given))
-            with poisoned_memory():
-                got = gradients(impl, *given)
-            errors = [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
-            near, far = BOUNDS[shape.torch_dtype]
-            line = f"D {head_dim} {dtype} N {seq}: Y {errors[0]:.1e} dV {errors[1]:.1e} dK {errors[2]:.1e}"  # fmt: skip
-            # A NaN does not pass.
-            if not (errors[0] <= near and errors[1] <= near and errors[2] <= far):
-                raise SystemExit(
-                    f"{line}: relative error above {near:.0e} (Y, dV) or {far:.0e} (dK); nothing timed."
-                )
-            passed.append(line)
+            for precision in PRECISIONS if dtype != "float32" else PRECISIONS[:1]:
+                with poisoned_memory():
+                    got = gradients(impl, *given, precision=precision)
+                errors = [relative_error(g, e) for g, e in zip(got, exact, strict=True)]
+                near, far = BOUNDS[shape.torch_dtype]
+                line = f"D {head_dim} {dtype} N {seq}: Y {errors[0]:.1e} dV {errors[1]:.1e} dK {errors[2]:.1e}"  # fmt: skip
+                if precision != "default":
+                    line += f" (precision {precision})"
+                # A NaN does not pass.
+                if not (errors[0] <= near and errors[1] <= near and errors[2] <= far):
+                    raise SystemExit(
+                        f"{line}: relative error above {near:.0e} (Y, dV) or {far:.0e} (dK); nothing timed."
+                    )
+                passed.append(line)
     return passed
 
 
-def errors_of(shape: Shape) -> dict[str, float]:
+def errors_of(shape: Shape, precision: str = "default") -> dict[str, float]:
     """Relative error of each pass of `solve` at its real size, rounding of the output included.
 
     The last chain: Y of the first 4096 tokens, which later ones do not change, and dV of the last
     4096, which earlier ones do not change: the float64 definition is quadratic in memory.
     """
     _, key, value, grad = operands(shape)
-    y, dv, _ = gradients("triton", key, value, grad)
+    y, dv, _ = gradients("triton", key, value, grad, precision=precision)
     key, value, grad, y, dv = (x[-1:, -1:] for x in (key, value, grad, y, dv))
     rows = slice(0, CHECKED_ROWS), slice(max(0, shape.seq - CHECKED_ROWS), None)
     first, last = ([x[:, :, part].double() for x in (key, value, grad)] for part in rows)

@@ -258,6 +258,7 @@ class Job(NamedTuple):
     shape: Shape
     backward: bool
     unrounded: bool = False
+    precision: str = "default"
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -265,7 +266,8 @@ class Job(NamedTuple):
         shape = self.shape
         sizes = (shape.kv_heads, shape.chains, math.ceil(shape.seq / 128), shape.seq)
         classes = ("one" if n == 1 else n % 16 == 0 for n in sizes)
-        return (self.backward, self.unrounded, shape.dtype, shape.head_dim, *classes)
+        own = (self.backward, self.unrounded, self.precision, shape.dtype, shape.head_dim)
+        return (*own, *classes)
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
@@ -277,7 +279,7 @@ def in_order(jobs: list[Job]) -> list[Job]:
     tiers: tuple[list[Job], ...] = ([], [], [])
     seen: set[tuple[object, ...]] = set()
     for job in jobs:
-        coarse = job.kind[:4]
+        coarse = job.kind[:5]
         tiers[0 if coarse not in seen else 1 if job.kind not in seen else 2].append(job)
         seen |= {coarse, job.kind}
     return [job for tier in tiers for job in tier]
@@ -294,9 +296,9 @@ def run_job(job: Job) -> str | None:
                 key, value, grad = key.float(), value.float(), grad.float()
                 stack.enter_context(unrounded())
             if job.backward:
-                launch.adjoint_dense(grad, key, value, *rest)
+                launch.adjoint_dense(grad, key, value, *rest, job.precision)
             else:
-                launch.solve_dense(key, value, *rest)
+                launch.solve_dense(key, value, *rest, precision=job.precision)
         torch.cuda.synchronize()
     except FAILURES as error:
         return f"{job}: {type(error).__name__}: {str(error)[:300]}"

@@ -5,7 +5,7 @@ Run by ``python -m benchmarks.solve_gpu --part precision``; writes ``precision-G
 Keys: "shared" c: every pair of a head's keys has cosine c; "types" c: each key is of one of 64 types
 and has cosine c with those of its own. For bfloat16 inputs ``y``, ``dv`` and ``dk`` are what the kernels
 compute before they round to bfloat16 (the adjoint gets the Y that was saved, rounded), and
-``y_rounded`` is what a caller gets. Float64 is ``impl="blocked"`` on the same, rounded, inputs.
+``y_rounded`` is what a caller gets; with ``precision`` "default" and, where Hopper's own kernels serve it, "high". Float64 is ``impl="blocked"`` on the same, rounded, inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.accuracy import gradients
 from benchmarks.gpu import Job, Shape, attempt, unrounded
-from lucid_attention.precondition.kernels import launch
+from lucid_attention.precondition.kernels import family, launch
 
 Kind = tuple[str, float]
 KINDS: tuple[Kind, ...] = (("shared", 0.0), ("shared", 0.5), ("shared", 0.8), ("shared", 0.95), ("types", 0.9))  # fmt: skip
@@ -55,19 +55,28 @@ def errors(got: Tensor, exact: Tensor) -> list[float]:
     return found
 
 
-def wide(key: Tensor, value: Tensor, grad: Tensor, saved: Tensor, backward: bool) -> list[Tensor]:
+def precisions(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Where other kernels serve "high", it is float32's."""
+    both = dtype != torch.float32 and family.has_hopper_kernels(device)
+    return ("default", "high") if both else ("default",)
+
+
+def wide(
+    key: Tensor, value: Tensor, grad: Tensor, saved: Tensor, backward: bool, precision: str = "default"
+) -> list[Tensor]:  # fmt: skip
     """Y, dV and dK of half-precision inputs as the kernels have them before the final rounding."""
     rest = (None, None, None, None, key.shape[-1] ** -0.5)
     with unrounded():
-        found = [launch.solve_dense(key.float(), value.float(), *rest)]
+        found = [launch.solve_dense(key.float(), value.float(), *rest, precision=precision)]
         if backward:
-            dk, dv, *_ = launch.adjoint_dense(grad.float(), key.float(), saved.float(), *rest)
+            operands = (x.float() for x in (grad, key, saved))
+            dk, dv, *_ = launch.adjoint_dense(*operands, *rest, precision)
             found += [dv, dk]
     return found
 
 
 def measure(width: int, seq: int, dtype: torch.dtype, kinds: tuple[Kind, ...], device: str = "cuda") -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each kind of keys; what could not be computed is NaN."""
+    """A row for each precision and kind of keys; what could not be computed is NaN."""
     torch.manual_seed(seq + width)
     key = make_keys(kinds, seq, width, device).to(dtype)
     value, grad = (torch.randn_like(key) for _ in range(2))
@@ -77,10 +86,25 @@ def measure(width: int, seq: int, dtype: torch.dtype, kinds: tuple[Kind, ...], d
         name,
         partial(gradients, "blocked", *(x.double() for x in (key, value, grad)), backward=backward),
     )
-    called = attempt(name, partial(gradients, "triton", key, value, grad, backward=backward))
+    return [
+        row
+        for precision in precisions(dtype, key.device)
+        for row in _rows(name, width, seq, kinds, key, value, grad, exact, backward, precision)
+    ]
+
+
+def _rows(
+    name: str, width: int, seq: int, kinds: tuple[Kind, ...], key: Tensor, value: Tensor, grad: Tensor,
+    exact: list[Tensor] | None, backward: bool, precision: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    dtype = key.dtype
+    called = attempt(
+        name,
+        partial(gradients, "triton", key, value, grad, backward=backward, precision=precision),
+    )
     found = called
     if called is not None and dtype != torch.float32:
-        found = attempt(name, partial(wide, key, value, grad, called[0], backward))
+        found = attempt(name, partial(wide, key, value, grad, called[0], backward, precision))
     columns: dict[str, list[float]] = {}
     for index, column in enumerate(("y", "dv", "dk")[: 3 if backward else 1]):
         if exact is not None and found is not None:
@@ -93,6 +117,7 @@ def measure(width: int, seq: int, dtype: torch.dtype, kinds: tuple[Kind, ...], d
     return [
         {
             "dtype": str(dtype).removeprefix("torch."),
+            "precision": precision,
             "head_dim": width,
             "seq": seq,
             "keys": kind,
@@ -124,7 +149,8 @@ def jobs(quick: bool, head_dims: Collection[int] | None = None) -> list[Job]:
         for backward in (False, True) if seq <= GRADIENTS_UP_TO else (False,):
             found.append(Job(shape, backward))
             if dtype != torch.float32:
-                found.append(Job(shape, backward, unrounded=True))
+                found += [Job(shape, backward, True, name) for name in ("default", "high")]
+                found.append(Job(shape, backward, precision="high"))
     return found
 
 

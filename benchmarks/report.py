@@ -70,7 +70,8 @@ def solve_tables(rows: list[Row], stages: list[Row], facts: Row) -> str:
     solve, attention = [], []
     for row in rows:
         if row["impl"] == "triton":
-            others = [found.get((_same_call(row), impl)) for impl in ("dense", "blocked")]
+            names = ("triton-high", "dense", "blocked")
+            others = [found.get((_same_call(row), impl)) for impl in names]
             steps = row["us_per_step"]
             solve.append(
                 [
@@ -111,7 +112,7 @@ def solve_tables(rows: list[Row], stages: list[Row], facts: Row) -> str:
             )
     parts = [f"{_in_run(facts)}; a large matrix product: {facts['matmul_tflops']} TFLOP/s.\n"]
     if solve:
-        titles = "D | chains | N | pass | solve, ms | SDPA, ms | / SDPA | both in CUDA graphs | TFLOP/s | of peak | extra MiB | / value | dense, ms | blocked, ms | error | us a step"  # fmt: skip
+        titles = "D | chains | N | pass | solve, ms | SDPA, ms | / SDPA | both in CUDA graphs | TFLOP/s | of peak | extra MiB | / value | precision high, ms | dense, ms | blocked, ms | error | us a step"  # fmt: skip
         parts += ["## The solve\n", table(titles.split(" | "), solve)]
     if attention:
         titles = "heads, query / KV | D | batch | N | pass | LUCID attention, ms | in SDPA's back end, ms | SDPA, ms | / SDPA | in its back end | both in CUDA graphs | extra MiB"  # fmt: skip
@@ -149,14 +150,15 @@ def precision_table(rows: list[Row], facts: Row) -> str:
     lines = [
         [
             row["dtype"],
+            row["precision"],
             str(row["head_dim"]),
             str(row["seq"]),
             f"{row['keys']} {row['cosine']:g}",
             *(_number(row[name], ".1e") for name in ("y", "y_rounded", "dv", "dk")),
         ]
-        for row in sorted(rows, key=lambda row: (row["dtype"], row["head_dim"]))
+        for row in sorted(rows, key=lambda row: (row["dtype"], row["precision"], row["head_dim"]))
     ]
-    titles = "inputs | D | N | keys | Y | Y, rounded to the inputs' dtype | dV | dK"
+    titles = "inputs | precision | D | N | keys | Y | Y, rounded to the inputs' dtype | dV | dK"
     return table(titles.split(" | "), lines) + f"\n{_in_run(facts)}.\n"
 
 

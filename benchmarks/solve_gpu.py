@@ -12,7 +12,8 @@ writes ``precision-GPU``. Nothing is timed unless all results agree with float64
 
 Everything goes through the public functions and includes all they do. The rival is PyTorch's causal
 softmax attention on the same heads with the faster of its back ends for the shape and pass. Other
-rows: ``dense``, the definition by ``torch.linalg.solve_triangular``, and ``blocked``, torch only.
+rows: ``dense``, the definition by ``torch.linalg.solve_triangular``, and ``blocked``, torch only;
+``triton-high``: our kernels with ``precision="high"``.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class Entry(NamedTuple):
 
 
 solve = partial(precondition, impl="triton")
+solve_high = partial(precondition, impl="triton", precision="high")
 attend = partial(lucid_attention, impl="triton")
 blocked = partial(precondition, impl="blocked")
 
@@ -126,6 +128,8 @@ def entries(shape: Shape) -> dict[str, Entry]:
         }
         return {"lucid_attention": Entry(attend, leaves, q_heads + heads), **with_each, **rivals}
     found = {"triton": Entry(solve, leaves[1:], heads), **rivals}
+    if shape.dtype != "float32":
+        found["triton-high"] = Entry(solve_high, leaves[1:], heads)
     if heads * shape.seq**2 * 4 <= DENSE_BYTES:
         found["dense"] = Entry(dense, leaves[1:], heads)
     if shape.seq <= BLOCKED_ROWS:
@@ -153,7 +157,7 @@ def rows_of(
     times: dict[str, list[float]],
     memory: dict[str, float],
     heads: dict[str, int],
-    error: float,
+    errors: dict[str, float],
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """A row for each entry, with its ratio to the fastest softmax attention of the same run."""
@@ -194,7 +198,7 @@ def rows_of(
                 "peak_share": tflops / facts["matmul_tflops"],
                 "extra_mib": extra / 2**20,
                 "extra_ratio": extra / shape.value_bytes,
-                "rel_err": error if ours else None,
+                "rel_err": errors.get(name),
                 "us_per_step": (
                     middle * 1e3 / (shape.seq / 128) if ours and which == "forward" else None
                 ),
@@ -203,7 +207,9 @@ def rows_of(
     return rows
 
 
-def measure(shape: Shape, which: str, error: float, facts: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, which: str, errors: dict[str, float], facts: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Memory, then time in turn, of everything on a shape."""
     field = entries(shape)
     grads = {}
@@ -233,7 +239,7 @@ def measure(shape: Shape, which: str, error: float, facts: dict[str, Any]) -> li
     times: dict[str, list[float]] = {name: [] for name in field}
     times.update(in_turn(calls))
     heads = {name: entry.heads for name, entry in field.items()}
-    return rows_of(shape, which, times, memory, heads, error, facts)
+    return rows_of(shape, which, times, memory, heads, errors, facts)
 
 
 def stages_of(shape: Shape, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -320,6 +326,12 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     kinds |= {(job.shape.head_dim, job.shape.dtype) for job in precision_jobs}
     gated = [Shape(2, 4, seq, *kind) for kind in sorted(kinds) for seq in GATE_SEQS]
     jobs = [Job(shape, backward) for shape in gated + measured for backward in (False, True)]
+    jobs += [
+        Job(shape, backward, precision="high")
+        for shape in gated + (measured if "solve" in parts else [])
+        for backward in (False, True)
+        if shape.dtype != "float32"
+    ]
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -341,16 +353,22 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     )
     results = Results(options.out / f"{name}-{report.slug(facts['gpu'])}", facts)
     for shape in tqdm(shapes if "solve" in parts else [], desc="solve"):
-        found = attempt(f"errors of {shape}", partial(errors_of, shape)) or {}
+        known = {}
+        for name, precision in (("triton", "default"), ("triton-high", "high")):
+            if precision == "default" or shape.dtype != "float32":
+                known[name] = (
+                    attempt(f"errors of {shape}", partial(errors_of, shape, precision)) or {}
+                )
         for which in PASSES:
-            results.rows += measure(shape, which, found.get(which, math.nan), facts)
+            errors = {name: found.get(which, math.nan) for name, found in known.items()}
+            results.rows += measure(shape, which, errors, facts)
             tqdm.write(report.line(results.rows))
             torch.cuda.empty_cache()
         results.write()
     lap("solve")
     for shape in tqdm(attention if "attention" in parts else [], desc="attention"):
         for which in ("forward", "forward+backward"):
-            results.rows += measure(shape, which, math.nan, facts)
+            results.rows += measure(shape, which, {}, facts)
             tqdm.write(report.line(results.rows))
             torch.cuda.empty_cache()
         results.write()

@@ -56,6 +56,7 @@ def lucid_attention(
     kernel_scale: float | None = None,
     strength: float | Tensor | None = None,
     key_mask: Tensor | None = None,
+    precision: str = "default",
     impl: str = "auto",
 ) -> Tensor:
     r"""Causal LUCID self-attention: ``softmax(scale * Q K^T + causal) L^-1 V``.
@@ -69,6 +70,7 @@ def lucid_attention(
         strength: None (1), a float in [0, 1] or a tensor ``(kv_heads,)``; 0 is softmax attention.
         key_mask: bool ``(batch, seq)``, False for padding, anywhere in the row: the output there is
             0 and nothing else changes, whatever the padded positions hold.
+        precision: of the preconditioner, as in `lucid_attention.precondition`.
         impl: as in `lucid_attention.precondition`; ``"reference"`` also makes the softmax dense.
 
     Returns:
@@ -94,8 +96,8 @@ def lucid_attention(
     scale = resolve_scale("scale", scale, key.shape[-1], positive=False)
     check_key_mask(key_mask, key.shape[0], key.shape[2], key.device)
     preconditioned = precondition(
-        key, value, kernel_scale=kernel_scale, strength=strength, key_mask=key_mask, impl=impl
-    )
+        key, value, kernel_scale=kernel_scale, strength=strength, key_mask=key_mask, precision=precision, impl=impl
+    )  # fmt: skip
     if impl == "reference":
         with no_autocast(key):
             return reference.softmax_attention(
@@ -119,6 +121,7 @@ def lucid_attention_varlen(
     scale: float | None = None,
     kernel_scale: float | None = None,
     strength: float | Tensor | None = None,
+    precision: str = "default",
     impl: str = "auto",
 ) -> Tensor:
     r"""`lucid_attention` for sequences packed one after another; none sees another.
@@ -130,7 +133,7 @@ def lucid_attention_varlen(
         cu_seqlens: int32 ``(sequences + 1,)``, from 0 to ``total``, never falling.
         max_seqlen: the longest sequence's length or more; None finds it, which synchronises an
             accelerator.
-        scale, kernel_scale, strength, impl: as in `lucid_attention`.
+        scale, kernel_scale, strength, precision, impl: as in `lucid_attention`.
 
     Returns:
         ``(total, heads, value_dim)``, value's dtype and device.
@@ -160,6 +163,7 @@ def lucid_attention_varlen(
         max_seqlen=max_seqlen,
         kernel_scale=kernel_scale,
         strength=strength,
+        precision=precision,
         impl=impl,
     )
     if impl == "reference":

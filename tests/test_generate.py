@@ -212,6 +212,8 @@ def test_ctrl_c_keeps_what_is_there(checkpoints: dict[str, Path]) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", "from lucid_attention.cli import main; main()", "generate", str(checkpoints["lucid"]), "-p", PROMPT, "-n", "100000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+        # A shell's background jobs ignore interrupts, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert child.stdout is not None
     first = child.stdout.read(1)

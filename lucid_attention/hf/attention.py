@@ -157,6 +157,7 @@ def lucid_attention_forward(
                 kernel_scale=lucid.kernel_scale,
                 strength=strength_of(lucid, values),
                 key_mask=real,
+                precision=lucid.precision,
                 impl=lucid.impl,
             )
         output = softmax(query, keys, values, real, start)
@@ -253,6 +254,7 @@ def _cached(
         key_mask=new_real,
         past=(past_keys, layer.in_full(pending.past)) if pending.past.shape[2] > 0 else None,
         out_dtype=torch.float32 if narrow else None,
+        precision=lucid.precision,
         impl=lucid.impl,
     )
     values = layer.commit(new)
@@ -390,6 +392,7 @@ def _packed(
             max_seqlen=packing.max_seqlen,
             kernel_scale=lucid.kernel_scale,
             strength=strength_of(lucid, v),
+            precision=lucid.precision,
             impl=lucid.impl,
         )
     output = softmax.packed(q, k, v, packing)

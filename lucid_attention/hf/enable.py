@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lucid_attention.precondition.validation import resolve_impl, resolve_scale
+from lucid_attention.precondition.validation import resolve_impl, resolve_precision, resolve_scale
 
 from .attention import warn_once
 from .checkpoint import (
@@ -51,6 +51,7 @@ def enable(
     layers: Iterable[int] | None = None,
     strength: float | str | Tensor | None = None,
     kernel_scale: float | None = None,
+    precision: str = "default",
     impl: str = "auto",
 ) -> nn.Module:
     """Switches a decoder model to LUCID attention, in place, for training and for inference.
@@ -73,6 +74,8 @@ def enable(
         kernel_scale: of the preconditioner, as for `lucid_attention.precondition`; None is `1/sqrt(D)`.
             Smaller ones let keys answer for keys that are less alike; towards 0 the values are
             differences, `y_n = v_n - v_(n-1)`, whatever the keys.
+        precision: of the preconditioner, as for `lucid_attention.precondition`: in training, and for prompts without
+            a past; single new tokens are computed as with "default". It is not saved.
         impl: of the preconditioner, as for `lucid_attention.precondition`. It is not saved.
 
     Returns:
@@ -81,7 +84,7 @@ def enable(
     Raises:
         TypeError: `model` is not a transformers model, or an argument has another type.
         ValueError: the model has no layer that LUCID can take, or is of an unsupported kind
-            (encoder, encoder-decoder, multimodal, MLA, own attention code); `layers`, `strength` or
+            (encoder, encoder-decoder, multimodal, MLA, own attention code); `layers`, `strength`, `precision` or
             `impl` out of range; a learned strength in a PEFT model that would not train it.
 
     Example:
@@ -96,6 +99,7 @@ def enable(
     """
     pretrained = pretrained_model(model)
     resolve_impl(impl)
+    resolve_precision(precision)
     if kernel_scale is not None:
         kernel_scale = resolve_scale("kernel_scale", kernel_scale, 1, positive=True)
     attention = attention_layers(pretrained)
@@ -135,6 +139,7 @@ def enable(
         _install_strength(module, parsed, chosen.index(index), len(chosen))
         for installed in strength_modules(module):
             installed.impl, installed.kernel_scale = impl, kernel_scale
+            installed.precision = precision
     if before_forward not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
         decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)

@@ -51,6 +51,7 @@ class FixedStrength(nn.Module):
     def __init__(self, value: float | Sequence[float], impl: str = "auto") -> None:
         super().__init__()
         self.impl = impl
+        self.precision = "default"
         self.kernel_scale: float | None = None
         self.value: float | list[float] = 1.0
         self._tensor: Tensor | None = None
@@ -119,6 +120,7 @@ class LearnedStrength(nn.Module):
     ) -> None:
         super().__init__()
         self.impl = impl
+        self.precision = "default"
         self.kernel_scale: float | None = None
         self.initial = initial
         # fp32 whatever the model's dtype: near 1 a bf16 step is .004, coarser than most updates.

@@ -1,7 +1,7 @@
 """The four operations of the solve by PyTorch: what the operators do where no kernel serves.
 
 Arithmetic is float32 (float64 for float64 inputs) whatever the inputs' dtype; results are rounded
-once, at the end. ``kernels/launch.py`` has the same four functions.
+once, at the end, so that every ``precision`` is the same. ``kernels/launch.py`` has the same four functions.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def solve_dense(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     out_dtype: torch.dtype | None = None,
+    precision: str = "default",
 ) -> Tensor:
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     dtype = compute_dtype(value)
@@ -49,6 +50,7 @@ def adjoint_dense(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of key, value, strength and the past; empty where there is none."""
     dtype = compute_dtype(solution)
@@ -94,6 +96,7 @@ def solve_packed(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> Tensor:
     """``Y = L^-1 V`` for packed sequences; arguments as checked by the public function."""
     packed = Packed(cu_seqlens, key.shape[0], max_seqlen)
@@ -119,6 +122,7 @@ def adjoint_packed(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of key, value and strength (empty where there is none)."""
     packed = Packed(cu_seqlens, key.shape[0], max_seqlen)

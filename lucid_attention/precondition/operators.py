@@ -31,14 +31,15 @@ def precondition(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``Y = L^-1 V`` for dense batches; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
         solved: Tensor = choose(impl, key, value, past_key).solve_dense(
-            key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale, out_dtype
-        )
+            key, value, strength, key_mask, past_key, past_preconditioned, kernel_scale, out_dtype, precision
+        )  # fmt: skip
         return solved
 
 
@@ -52,6 +53,7 @@ def _(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return value.new_empty(value.shape, dtype=out_dtype)
@@ -68,12 +70,13 @@ def precondition_backward(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of key, value, strength and the past; empty where there is none."""
     with no_autocast(key):
         grads = choose(impl, key, solution, past_key).adjoint_dense(
-            grad, key, solution, strength, key_mask, past_key, past_preconditioned, kernel_scale
-        )
+            grad, key, solution, strength, key_mask, past_key, past_preconditioned, kernel_scale, precision
+        )  # fmt: skip
         return (
             grads[0],
             grads[1],
@@ -94,6 +97,7 @@ def _(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         key.new_empty(key.shape),
@@ -113,12 +117,13 @@ def precondition_varlen(
     max_seqlen: int | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> Tensor:
     """``Y = L^-1 V`` for packed sequences; arguments as checked by the public function."""
     check_strength_contents(strength)
     with no_autocast(key):
         solved: Tensor = choose(impl, key, value).solve_packed(
-            key, value, cu_seqlens, strength, max_seqlen, kernel_scale
+            key, value, cu_seqlens, strength, max_seqlen, kernel_scale, precision
         )
         return solved
 
@@ -132,6 +137,7 @@ def _(
     max_seqlen: int | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> Tensor:
     return value.new_empty(value.shape)
 
@@ -146,11 +152,12 @@ def precondition_varlen_backward(
     max_seqlen: int | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of key, value and strength (empty where there is none)."""
     with no_autocast(key):
         grads = choose(impl, key, solution).adjoint_packed(
-            grad, key, solution, cu_seqlens, strength, max_seqlen, kernel_scale
+            grad, key, solution, cu_seqlens, strength, max_seqlen, kernel_scale, precision
         )
         return grads[0], grads[1], _like(grads[2], strength, key)
 
@@ -165,6 +172,7 @@ def _(
     max_seqlen: int | None,
     kernel_scale: float,
     impl: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         key.new_empty(key.shape),
@@ -193,6 +201,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
@@ -205,7 +214,7 @@ def _backward_varlen(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grads = precondition_varlen_backward(grad, *saved, *ctx.options)
     strength = None if saved[3] is None else grads[2]
-    return grads[0], grads[1], None, strength, None, None, None
+    return grads[0], grads[1], None, strength, None, None, None, None
 
 
 precondition.differentiate(_backward, _save)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "triton")
+PRECISIONS = ("default", "high")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _DENSE = "(batch, heads, seq, head_dim)"
@@ -29,6 +30,17 @@ def resolve_impl(impl: str) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     return impl
+
+
+def resolve_precision(precision: str) -> str:
+    """Return ``precision`` if it is one of the two there are."""
+    if not isinstance(precision, str):
+        raise TypeError(f"precision must be a string, one of {PRECISIONS}, got {kind(precision)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {PRECISIONS}, got {precision!r}. For more than 'high' give the inputs in float32."
+        )
+    return precision
 
 
 def check_key_value(key: Tensor, value: Tensor, *, packed: bool = False) -> None:

@@ -41,7 +41,7 @@ def rows(shape: Shape = USUAL) -> list[dict[str, Any]]:
     return [
         row
         for which in gpu.PASSES
-        for row in solve_gpu.rows_of(shape, which, times, memory, heads, 2e-3, FACTS)
+        for row in solve_gpu.rows_of(shape, which, times, memory, heads, {"triton": 2e-3}, FACTS)
     ]
 
 
@@ -69,7 +69,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     attention = Shape(1, 4, 32768, 64, query_heads=32)
     times = {"lucid_attention": [0.012], "lucid_attention-cudnn": [0.011], "sdpa-cudnn": [0.01]}
     heads = dict.fromkeys(times, 36)
-    measured += solve_gpu.rows_of(attention, "forward", times, {}, heads, math.nan, FACTS)
+    measured += solve_gpu.rows_of(attention, "forward", times, {}, heads, {}, FACTS)
     spans = iter(
         [
             ("prepare_kernel", 0.0, 100.0),
@@ -115,12 +115,16 @@ def test_a_failure_is_reported_and_passes(capsys: pytest.CaptureFixture[str]) ->
 def test_gate() -> None:
     passed = accuracy.gate({(16, "float32")}, device="cpu", impl="blocked", seqs=(130,))
     assert passed[0].startswith("D 16 float32 N 130: Y ")
+    passed = accuracy.gate({(16, "bfloat16")}, device="cpu", impl="blocked", seqs=(130,))
+    assert [line.endswith("(precision high)") for line in passed] == [False, True]
 
 
 @pytest.mark.parametrize("factor", [1.001, math.nan])
 def test_gate_stops_what_is_wrong(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(key: torch.Tensor, value: torch.Tensor, impl: str) -> torch.Tensor:
-        return precondition(key, value, impl=impl) * (1.0 if impl == "reference" else factor)
+    def wrong(key: torch.Tensor, value: torch.Tensor, impl: str, precision: str) -> torch.Tensor:
+        return precondition(key, value, impl=impl, precision=precision) * (
+            1.0 if impl == "reference" else factor
+        )
 
     monkeypatch.setattr(accuracy, "precondition", wrong)
     with pytest.raises(SystemExit, match="nothing timed"):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, StaticCache
 
 from lucid_attention.hf import LucidCache, disable, enable
@@ -364,3 +365,36 @@ def test_other_heads(head, build, ids):
     enable(model)
     assert type(model).__name__ == f"LucidQwen3{head}"
     assert not torch.equal(model(ids)[0], before)
+
+
+class Precisions(TorchDispatchMode):
+    """Which precisions the operators of the solve are asked for, by the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().startswith("lucid_attention::precondition"):
+            at = [argument.name for argument in function._schema.arguments].index("precision")
+            self.asked.setdefault(function.name().split("::")[1], set()).add(args[at])
+        return function(*args, **(kwargs or {}))
+
+
+def test_precision_reaches_every_operator(build, ids):
+    model = enable(build("Llama"), precision="high")
+    packed = {"input_ids": ids.reshape(1, -1), "position_ids": torch.arange(19).repeat(2)[None]}
+    with Precisions() as seen:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model(**packed, use_cache=False).logits.sum().backward()
+        with torch.no_grad():
+            cache = model(ids[:, :10], use_cache=True).past_key_values
+            model(ids[:, 10:], past_key_values=cache)
+    assert len(seen.asked) == 4
+    assert set().union(*seen.asked.values()) == {"high"}
+    enable(model)
+    with Precisions() as seen, torch.no_grad():
+        model(ids, use_cache=False)
+    assert seen.asked == {"precondition": {"default"}}
+    with pytest.raises(ValueError, match="precision must be one of"):
+        enable(model, precision="low")

@@ -51,16 +51,17 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
             *extra,
             0.4,
             "auto",
+            "default",
             torch.float64 if dtype == torch.float64 else torch.float32,
         ),
         test_utils=CHECKS,
     )
-    y = operators.precondition(key, value, *extra, 0.4, "auto", value.dtype).detach()
+    y = operators.precondition(key, value, *extra, 0.4, "auto", "default", value.dtype).detach()
     backward = (torch.randn_like(y), key.detach(), y)
     detached = tuple(x if x is None else x.detach() for x in extra)
     torch.library.opcheck(
         operators.precondition_backward.overload,
-        (*backward, *detached, 0.4, "auto"),
+        (*backward, *detached, 0.4, "auto", "default"),
         test_utils=CHECKS,
     )
 
@@ -70,7 +71,7 @@ def test_opcheck_packed(longest: int | None) -> None:
     key = make_keys("cos0.8", 20, 2, 6, dtype=torch.float32).requires_grad_()
     value = torch.randn(20, 2, 4, requires_grad=True)
     strength = torch.tensor([0.3, 1.0], requires_grad=True)
-    args = (key, value, pack((8, 0, 12)), strength, longest, 0.4, "auto")
+    args = (key, value, pack((8, 0, 12)), strength, longest, 0.4, "auto", "default")
     torch.library.opcheck(operators.precondition_varlen.overload, args, test_utils=CHECKS)
 
 
@@ -322,7 +323,7 @@ def test_whoever_listens_hears_of_the_operator() -> None:
         precondition(key, value)
     assert "lucid_attention.precondition.default" in heard.names
     through = operators.precondition.overload(
-        key, value, None, None, None, None, 4**-0.5, "reference", value.dtype
+        key, value, None, None, None, None, 4**-0.5, "reference", "default", value.dtype
     )
     assert relative_error(through, expected[0]) < 1e-5 and through.requires_grad
     for g, e in zip(got, expected, strict=True):

@@ -83,6 +83,8 @@ DENSE_CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"past": (R(2, 3, 5, 8).double(), R(2, 3, 5, 4))}, TypeError, r"past\[0\] .* must have key's dtype"),
     ({"past": (R(2, 3, 5, 8, device="meta"), R(2, 3, 5, 4))}, ValueError, r"past\[0\] .* must be on key's device"),
     ({"past": (R(2, 3, 5, 8), torch.ones(2, 3, 5, 4, dtype=torch.int32))}, TypeError, r"past\[1\] .* must be float16.*int32"),
+    ({"precision": "highest"}, ValueError, r"precision must be one of .*'high'.* got 'highest'"),
+    ({"precision": torch.float32}, TypeError, r"precision must be a string"),
     ({"impl": "fast"}, ValueError, r"impl must be one of .*'auto'.* got 'fast'"),
     ({"impl": None}, TypeError, r"impl must be a string"),
 ]  # fmt: skip

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 COLUMNS = {64: 128, 128: 128, 256: 64}
 """Rows of a column tile, by the wider of keys' and values' tiles; up to 128, 64 of them with twice the stages
-were 1 to 30 % slower on every shape. At 256 there is no room for more."""
+were 1 to 30 % slower on every shape. At 256 there is no room for more, nor with ``P`` in two halves for its registers."""
+HALVES_COLUMNS = {64: 64, 128: 64, 256: 64}
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
 
 
@@ -172,6 +173,23 @@ def _loader(
 
 
 @gluon.jit
+def _halves(e, left: gl.constexpr, HALVES: gl.constexpr):
+    """A tile of ``P`` as an operand, and what that leaves of it: with ``HALVES`` its first 11 bits and the next 11.
+
+    Bits are cut off, not rounded: a rounded number that is taken from float16 back to float32 costs the assembler the order
+    of the products ("serialized").
+    """
+    first = e
+    if HALVES:
+        first = (e.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
+    p = gl.convert_layout(first.to(gl.float16), left)
+    rest = p
+    if HALVES:
+        rest = gl.convert_layout((e - first).to(gl.float16), left)
+    return p, rest
+
+
+@gluon.jit
 def _read(note, index: gl.constexpr):
     return gl.max(note.index(index).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
@@ -209,7 +227,8 @@ def _compute(
     inverse_full, inverse_empty, right_full, right_empty,
     heads, blocks, length, value_width, headroom, c2, shift,
     GROUP: gl.constexpr, M: gl.constexpr, PACKED: gl.constexpr,
-    REVERSED: gl.constexpr, TIGHT: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr, E: gl.constexpr,
+    REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
+    E: gl.constexpr,
 ):  # fmt: skip
     """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block.
 
@@ -261,6 +280,8 @@ def _compute(
         acc = gl.zeros([64, E], gl.float32, sums)
         p = gl.zeros([64, M], gl.float16, left)
         p2 = p
+        rest = p
+        rest2 = p
         if n > 0:
             mbarrier.wait(key_full.index(key_slot), key_phase)
             s = warpgroup_mma(
@@ -268,7 +289,7 @@ def _compute(
             )
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(key_empty.index(key_slot), count=1)
-            p = gl.convert_layout(gl.exp2(s * c2 + shift).to(gl.float16), left)
+            p, rest = _halves(gl.exp2(s * c2 + shift), left, HALVES)
             key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
             mbarrier.wait(key_full.index(key_slot), key_phase, pred=n > 1)
             for i in range(n - PER):
@@ -278,7 +299,11 @@ def _compute(
                 )  # fmt: skip
                 mbarrier.wait(solution_full.index(slot), phase)
                 acc = warpgroup_mma(p, solution.index(slot), acc, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])
+                if HALVES:
+                    acc = warpgroup_mma(rest, solution.index(slot), acc, is_async=True)
+                    s = warpgroup_mma_wait(2, deps=[s])
+                else:
+                    s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
                 e = gl.exp2(s * c2 + shift)
                 last = slot
@@ -286,7 +311,7 @@ def _compute(
                 key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
                 mbarrier.wait(key_full.index(key_slot), key_phase, pred=i < n - 2)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                p = gl.convert_layout(e.to(gl.float16), left)
+                p, rest = _halves(e, left, HALVES)
                 mbarrier.arrive(solution_empty.index(last), count=1)
             if PER == 2:
                 s = warpgroup_mma(
@@ -296,7 +321,7 @@ def _compute(
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
                 key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
-                p2 = gl.convert_layout(gl.exp2(s * c2 + shift).to(gl.float16), left)
+                p2, rest2 = _halves(gl.exp2(s * c2 + shift), left, HALVES)
         if TIGHT:
             gl.thread_barrier()  # all warps' products with the keys are done: now other rows take their place
         else:
@@ -343,10 +368,14 @@ def _compute(
         if n > 0:
             mbarrier.wait(solution_full.index(slot), phase)
             acc = warpgroup_mma(p, solution.index(slot), acc, is_async=True)
+            if HALVES:
+                acc = warpgroup_mma(rest, solution.index(slot), acc, is_async=True)
             if PER == 2:
                 other, other_phase = _step(slot, phase, solution.shape[0])
                 mbarrier.wait(solution_full.index(other), other_phase)
                 acc = warpgroup_mma(p2, solution.index(other), acc, is_async=True)
+                if HALVES:
+                    acc = warpgroup_mma(rest2, solution.index(other), acc, is_async=True)
         if not DELAYED:
             v = v.to(gl.float32) * power_of_two(exponent)
             if bad > 0:
@@ -423,7 +452,8 @@ def hopper_solve_kernel(
     KhTile, YhTile, YhHalf, TTile, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
     value_width, value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
+    PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr,
+    UNIT: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best one for each multiprocessor.
 
@@ -479,7 +509,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                0, M, PACKED, REVERSED, TIGHT, SHIFT, UNIT, E,
+                0, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, E,
             )),
             (_compute, (
                 Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
@@ -488,7 +518,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                1, M, PACKED, REVERSED, TIGHT, SHIFT, UNIT, E,
+                1, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, E,
             )),
             (_loader, (
                 KhTile, YhTile, TTile, Blocks, Done, Ticket,
@@ -510,7 +540,7 @@ def hopper_solve(
     """``Y`` into ``out`` and ``rows`` from what `prepare` left, or, ``transposed``, ``dV`` from ``dY``."""
     call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_tile, call.solution_tile
-    columns = COLUMNS[max(D, E)]
+    columns = (HALVES_COLUMNS if call.halves else COLUMNS)[max(D, E)]
     keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
 
@@ -537,6 +567,6 @@ def hopper_solve(
         lambda: {
             "D": D, "E": E, "M": columns, "STAGES": min(4, (_SHARED - fixed) // (columns * (D + E) * 2)),
             "PACKED": geometry.packed, "REVERSED": transposed, "TIGHT": tight,
-            "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "num_warps": 4,
+            "HALVES": call.halves, "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "num_warps": 4,
         },
     )  # fmt: skip

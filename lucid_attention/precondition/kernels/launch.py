@@ -69,6 +69,8 @@ def _solve(
     past: Pair | None,
     kernel_scale: float,
     out_dtype: torch.dtype | None = None,
+    *,
+    high: bool = False,
 ) -> Tensor:
     out = value.new_empty(value.shape, dtype=out_dtype or value.dtype)
     if out.numel() == 0:
@@ -78,7 +80,7 @@ def _solve(
         strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, value, kernel_scale, (strength, key_mask), offsets, longest,
-            past=past is not None, keep=out.dtype == value.dtype,
+            past=past is not None, keep=out.dtype == value.dtype, high=high,
         )  # fmt: skip
         run = Run(call, partial(stages.solve_parts, call))
         k, v, o, mask, b, seqs = run.operands(key, value, out, key_mask, strength, offsets)
@@ -121,6 +123,8 @@ def _adjoint(
     key_mask: Tensor | None,
     past: Pair | None,
     kernel_scale: float,
+    *,
+    high: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     grad_key, grad_value = key.new_empty(key.shape), solution.new_empty(solution.shape)
     grad_strength = None
@@ -135,7 +139,7 @@ def _adjoint(
         strength, key_mask, offsets = dense(strength), dense(key_mask), dense(offsets)
         call = call_for(
             key, solution, kernel_scale, (grad, strength, key_mask), offsets, longest,
-            past=past is not None,
+            past=past is not None, high=high,
         )  # fmt: skip
         form = stages.Form.PORTABLE if past is not None else stages.form_of(call)
         run = Run(call, partial(stages.adjoint_parts, call, form))
@@ -225,10 +229,13 @@ def solve_dense(
     past_preconditioned: Tensor | None,
     kernel_scale: float,
     out_dtype: torch.dtype | None = None,
+    precision: str = "default",
 ) -> Tensor:
     """``Y = L^-1 V`` for ``(batch, heads, seq, ..)``."""
     past = _pair(past_key, past_preconditioned)
-    return _solve(key, value, None, 0, strength, key_mask, past, kernel_scale, out_dtype)
+    return _solve(
+        key, value, None, 0, strength, key_mask, past, kernel_scale, out_dtype, high=precision == "high"
+    )  # fmt: skip
 
 
 def solve_packed(
@@ -238,10 +245,13 @@ def solve_packed(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> Tensor:
     """``Y = L^-1 V`` for packed ``(total, heads, ..)``."""
     longest = longest_sequence(cu_seqlens, key, max_seqlen)
-    return _solve(key, value, cu_seqlens, longest, strength, None, None, kernel_scale)
+    return _solve(
+        key, value, cu_seqlens, longest, strength, None, None, kernel_scale, high=precision == "high"
+    )  # fmt: skip
 
 
 def adjoint_dense(
@@ -253,10 +263,13 @@ def adjoint_dense(
     past_key: Tensor | None,
     past_preconditioned: Tensor | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of key, value, strength ``(heads,)`` and the past, None where there is none."""
     past = _pair(past_key, past_preconditioned)
-    return _adjoint(grad, key, solution, None, 0, strength, key_mask, past, kernel_scale)
+    return _adjoint(
+        grad, key, solution, None, 0, strength, key_mask, past, kernel_scale, high=precision == "high"
+    )  # fmt: skip
 
 
 def adjoint_packed(
@@ -267,9 +280,10 @@ def adjoint_packed(
     strength: Tensor | None,
     max_seqlen: int | None,
     kernel_scale: float,
+    precision: str = "default",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of key, value and strength ``(heads,)``."""
     longest = longest_sequence(cu_seqlens, key, max_seqlen)
-    return _adjoint(grad, key, solution, cu_seqlens, longest, strength, None, None, kernel_scale)[
-        :3
-    ]
+    return _adjoint(
+        grad, key, solution, cu_seqlens, longest, strength, None, None, kernel_scale, high=precision == "high"
+    )[:3]  # fmt: skip

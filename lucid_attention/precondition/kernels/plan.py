@@ -272,13 +272,17 @@ class Call:
         *,
         past: bool,
         keep: bool,
+        high: bool = False,
     ) -> None:
         self.width, self.value_width = key.shape[-1], value.shape[-1]
+        widths = sum(pieces(self.width)), sum(pieces(self.value_width))
         # float32 inside also where float16 keys would move the exponents too far.
-        exact = key.dtype == torch.float32 or kernel_scale * self.width > LARGEST_EXPONENT
-        self.plan = plan_for(
-            torch.float32 if exact else torch.float16, self.width, self.value_width
-        )
+        half = key.dtype != torch.float32 and kernel_scale * self.width <= LARGEST_EXPONENT
+        if (
+            high and half
+        ):  # only Hopper's kernels take P in two halves, and a past has no such kernel
+            half = not past and is_hoppers(torch.float16, *widths, key.device, past=past)
+        self.plan = plan_for(torch.float16 if half else torch.float32, self.width, self.value_width)
         self.device = key.device
         self.kernel_scale = kernel_scale
         self.c2 = kernel_scale * LOG2E
@@ -289,6 +293,7 @@ class Call:
         self.hopper = is_hoppers(
             self.plan.dtype, self.key_width, self.solution_width, self.device, past=past
         )
+        self.halves = high and self.hopper
         if self.hopper:
             self.plan = replace(self.plan, block=128)
         # Hopper's kernels have tiles of 64, 128 or 256 columns; what a workspace does not have of them the copy
@@ -409,6 +414,7 @@ def call_for(
     *,
     past: bool = False,
     keep: bool = True,
+    high: bool = False,
 ) -> Call:
     """The ``Call`` for these operands and ``others``, all that a call's kernels read.
 
@@ -418,7 +424,7 @@ def call_for(
     """
     # What Triton compiles for depends on dtypes, strides, which operands there are and whether
     # pointers are multiples of 16; one that is not takes the long way.
-    signature: list[object] = [key.device, kernel_scale]
+    signature: list[object] = [key.device, kernel_scale, high]
     pointers = 0
     for x in (key, value, *others):
         if x is None:
@@ -434,7 +440,7 @@ def call_for(
     known = tuple(signature)
     call = _calls.get(known) if keep else None
     if call is None:
-        call = Call(key, value, kernel_scale, offsets, longest, past=past, keep=keep)
+        call = Call(key, value, kernel_scale, offsets, longest, past=past, keep=keep, high=high)
         if keep:
             if len(_calls) >= MOST_CALLS:
                 _calls.clear()

@@ -56,10 +56,11 @@ class Form(enum.Enum):
 
 
 def form_of(call: Call) -> Form:
-    """Without a past. Registers hold both sums of one sweep up to 128 columns, and values no wider than keys."""
+    """Without a past. Registers hold both sums of one sweep up to 128 columns, values no wider than keys, ``P`` in one half."""
     if not call.hopper:
         return Form.PORTABLE
-    return Form.FUSED if call.solution_tile <= call.key_tile <= 128 else Form.APART
+    fused = call.solution_tile <= call.key_tile <= 128 and not call.halves
+    return Form.FUSED if fused else Form.APART
 
 
 # Memory

@@ -2,8 +2,8 @@
 
     python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true, false]]'
 
-takes (head size, value size, length, Hopper's own kernels or the portable ones, and which of the former's two
-schedules, for head sizes up to 64: as for many blocks or for few), or "decode" and `compile_decode`'s arguments, and prints, for each
+takes (head size, value size, length, Hopper's own kernels or the portable ones, which of the former's two
+schedules, for head sizes up to 64: as for many blocks or for few, and the precision), or "decode" and `compile_decode`'s arguments, and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, whether the assembler gave
 up on running products beside other work, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
 """
@@ -154,7 +154,9 @@ def _instructions(code: str) -> Iterator[tuple[str, str]]:
             yield match[1], match[2]
 
 
-def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool) -> None:
+def compile_all(
+    width: int, value_width: int, seq: int, hopper: bool, late: bool, precision: str = "default"
+) -> None:
     """Every kernel of a call with a strength, forward and backward, and of one with a past."""
     from lucid_attention.precondition.kernels import family, launch, plan
 
@@ -167,8 +169,9 @@ def compile_all(width: int, value_width: int, seq: int, hopper: bool, late: bool
     value = torch.zeros(1, 2, seq, value_width, dtype=torch.bfloat16)
     strength = torch.ones(2)
     for more in (None, strength):
-        launch.solve_dense(key, value, more, None, None, None, width**-0.5)
-        launch.adjoint_dense(value, key, value, more, None, None, None, width**-0.5)
+        rest = (more, None, None, None, width**-0.5)
+        launch.solve_dense(key, value, *rest, precision=precision)
+        launch.adjoint_dense(value, key, value, *rest, precision)
     if not hopper:
         before = (key[:, :, :100], value[:, :, :100].float())
         launch.solve_dense(key, value, strength, None, *before, width**-0.5)

@@ -59,11 +59,13 @@ def rounded(x: Tensor, power: float = 1.0) -> Tensor:
     return (x * power).half().double() / power
 
 
-def half_inside(leaves: list[Tensor], strength: Tensor | None = None) -> list[Tensor]:
+def half_inside(
+    leaves: list[Tensor], strength: Tensor | None = None, *, exact_p: bool = False
+) -> list[Tensor]:
     """``Y, dK, dV`` as torch computes them when khat, P, Y, dV and T are held in float16.
 
     This is the yardstick: the same roundings as the kernels', in another order and without tiles.
-    Exact arithmetic otherwise.
+    Exact arithmetic otherwise. ``exact_p``: P is not rounded where it multiplies Y and dV.
     """
     key, value = (x.detach().double() for x in leaves[:2])
     seq, width = key.shape[-2:]
@@ -72,7 +74,7 @@ def half_inside(leaves: list[Tensor], strength: Tensor | None = None) -> list[Te
     scale = width**-0.5
     factor = 1.0 if strength is None else strength.double()[:, None, None]
     exact = torch.exp(scale * (khat @ khat.mT - width)).tril(-1)
-    p = rounded(exact, 2.0**15)
+    p = exact if exact_p else rounded(exact, 2.0**15)
 
     def substitute(matrix: Tensor, right: Tensor) -> Tensor:
         unit = 2.0 ** torch.floor(torch.log2(right.abs().amax().clamp(min=1e-30)))
@@ -139,6 +141,41 @@ def test_half_precision(kind: str, device: str) -> None:
     got = run(leaves, "triton")
     for index, (g, e, y) in enumerate(zip(got, exact, yardstick, strict=True)):
         close(g, e, y, vanishing(leaves, exact) if index == 1 else None)
+
+
+@pytest.mark.parametrize("kind", ["cos0.99", "mixed", "huge"])
+def test_high_precision(kind: str, device: str) -> None:
+    """Y before its rounding: float32 inside here, two halves of P at head sizes of Hopper's kernels."""
+    leaves = operands(kind, 1, 2, 200, 20, value_width=12, dtype=HALF, device=device)
+    if kind == "huge":
+        leaves[0] = (leaves[0].detach() / 16).requires_grad_()
+    exact = run(widened(leaves), "reference")
+    got = run(leaves, "triton", precision="high")
+    for index, (g, e) in enumerate(zip(got, exact, strict=True)):
+        close(g, e, e.to(HALF), vanishing(leaves, exact) if index == 1 else None)
+    key, value = (x.detach() for x in leaves)
+    wide = precondition(key, value, precision="high", out_dtype=torch.float32, impl="triton")
+    assert relative_error(wide, exact[0]) < 2e-6
+    assert torch.equal(wide.half(), got[0])
+
+
+@pytest.mark.parametrize("case", ["padding", "packed", "past"])
+def test_high_precision_of_other_layouts(case: str, device: str) -> None:
+    leaves = operands("cos0.9", 1, 1, 150, 20, value_width=12, dtype=HALF, device=device)
+    options: dict[str, Any] = {"precision": "high"}
+    if case == "padding":
+        options["key_mask"] = torch.rand(1, 150, device=device) > 0.4
+    if case == "packed":
+        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+        options["offsets"] = pack((5, 0, 130, 15)).to(device)
+    if case == "past":
+        leaves.append(make_keys("cos0.9", 1, 1, 70, 20, dtype=HALF, device=device).requires_grad_())
+        leaves.append(torch.randn(1, 1, 70, 12, device=device, requires_grad=True))
+    exact = run(widened(leaves), "reference", **options)
+    for g, e in zip(run(leaves, "triton", **options), exact, strict=True):
+        assert (
+            relative_error(g, e) < 1.2e-3
+        )  # what rounding Y, its gradient and the results to float16 makes
 
 
 @pytest.mark.parametrize("kind", HARD_KEYS)
@@ -396,7 +433,7 @@ def test_opcheck(optional: bool, device: str) -> None:
             make_keys("cos0.8", 2, 2, 7, 6, dtype=torch.float32, device=device).requires_grad_(),
             torch.randn(2, 2, 7, 4, device=device, requires_grad=True),
         )
-    args = (key, value, *extra, 0.4, "triton", torch.float32)
+    args = (key, value, *extra, 0.4, "triton", "default", torch.float32)
     torch.library.opcheck(operators.precondition.overload, args, test_utils=checks)
 
 

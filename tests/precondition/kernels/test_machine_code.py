@@ -68,6 +68,15 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
 
 
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (64, 128), (256, 256)], ids=str)
+def test_hopper_kernels_in_high_precision(sizes: tuple[int, int]) -> None:
+    found = report_of([*sizes, 300, True, False, "high"])
+    names = {line["kernel"] for line in found}
+    assert names >= {"hopper_solve_kernel", "hopper_toward_kernel"}
+    assert not names & {"solve_kernel", "adjoint_kernel", "toward_kernel", "hopper_adjoint_kernel"}
+    assert [line for line in found if line["spoiled"] or line["serialised"]] == []
+
+
 DECODE = [  # head size, value size, query heads a KV head, tokens, page, ragged
     (64, 64, 8, 1, 0, False), (128, 128, 4, 1, 0, False), (128, 128, 4, 1, 64, True), (128, 64, 3, 4, 256, False),
     (80, 112, 7, 2, 0, True), (256, 256, 1, 1, 0, True), (64, 64, 7, 8, 0, False),

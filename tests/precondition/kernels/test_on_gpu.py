@@ -139,6 +139,86 @@ def test_layouts(case: str, width: int, value_width: int) -> None:
         assert torch.equal(g, e)
 
 
+HIGH_WIDTHS = [
+    (64, 64),
+    (128, 128),
+    (68, 68),
+    (96, 96),
+    (64, 128),
+    (192, 128),
+    (136, 136),
+    (256, 256),
+    (20, 20),
+]
+
+
+@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
+@pytest.mark.parametrize("kind", HARD_KEYS)
+def test_high_precision(kind: str, width: int, value_width: int) -> None:
+    """Nothing rounds P: with keys that are much alike its rounding is most of the usual error."""
+    leaves = operands(kind, 1, 2, 1000, width, value_width=value_width, dtype=HALF, device="cuda")
+    if kind == "huge":
+        leaves[0] = (leaves[0].detach() / 16).requires_grad_()
+    exact = run(widened(leaves), "reference")
+    yardstick = half_inside(leaves, exact_p=True)
+    got = run(leaves, "triton", precision="high")
+    for index, (g, e, y) in enumerate(zip(got, exact, yardstick, strict=True)):
+        close(g, e, y, vanishing(leaves, exact) if index == 1 else None)
+    for g, e in zip(run(leaves, "triton", precision="high"), got, strict=True):
+        assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
+def test_high_precision_at_length(width: int, value_width: int) -> None:
+    """Before the final rounding: a small part of what one half of P leaves, forward and backward."""
+    key = make_keys("cos0.9", 1, 2, 9000, width, dtype=BRAIN, device="cuda").requires_grad_()
+    value = torch.randn(1, 2, 9000, value_width, device="cuda", dtype=BRAIN, requires_grad=True)
+    exact = precondition(key.double(), value.double(), impl="blocked")
+    grad = torch.randn_like(exact)
+    exact_dv = torch.autograd.grad(exact, value, grad)[0]
+    errors = {}
+    for precision in ("default", "high"):
+        y = precondition(key, value, precision=precision, out_dtype=FULL, impl="triton")
+        dv = torch.autograd.grad(y, value, grad.to(FULL))[0]
+        errors[precision] = relative_error(y, exact), relative_error(dv, exact_dv)
+    assert errors["high"][0] < 2e-3
+    assert errors["high"][0] < 0.35 * errors["default"][0]
+    # Rounded to bfloat16, 1.7e-3.
+    assert errors["high"][1] < 2.7e-3
+    assert errors["high"][1] < 0.8 * errors["default"][1]
+
+
+@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
+@pytest.mark.parametrize("case", ["left", "packed", "strength", "nan"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_high_precision_of_other_layouts(case: str, width: int, value_width: int) -> None:
+    leaves = operands(
+        "cos0.9", 2, 2, 700, width, value_width=value_width, dtype=BRAIN, device="cuda"
+    )
+    options: dict[str, Any] = {"precision": "high"}
+    if case == "left":
+        options["key_mask"] = torch.arange(700, device="cuda") >= torch.tensor(
+            [[600], [3]], device="cuda"
+        )
+    if case == "packed":
+        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
+    if case in ("packed", "strength"):
+        options["learned"] = True
+        leaves.append(torch.tensor([0.3, 1.0], device="cuda", requires_grad=True))
+    exact = run(widened(leaves), "reference", **options)
+    got = run(leaves, "triton", **options)
+    for g, e in zip(got, exact, strict=True):
+        assert relative_error(g, e) < 1e-2
+    if case == "nan":
+        with torch.no_grad():
+            leaves[0][0, 1, 300, 3] = float("nan")
+        hit = torch.zeros(2, 2, 700, dtype=torch.bool, device="cuda")
+        hit[0, 1, 300:] = True
+        spoiled = run(leaves, "triton", **options)
+        assert spoiled[0][hit].isnan().all() and torch.equal(spoiled[0][~hit], got[0][~hit])
+
+
 @pytest.mark.parametrize("case", ["padded", "packed", "strength", "long"])
 def test_schedules_change_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a block gives what it owes to the others is a matter of speed."""
@@ -165,14 +245,15 @@ def test_schedules_change_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("width", "value_width", "late"),
+    ("width", "value_width", "late", "precision"),
     [
-        (64, 64, False), (64, 64, True), (68, 68, False), (96, 96, False), (128, 128, False), (256, 256, False),
-        (64, 128, False), (192, 128, False),
+        (64, 64, False, "default"), (64, 64, True, "default"), (68, 68, False, "default"), (96, 96, False, "default"),
+        (128, 128, False, "default"), (256, 256, False, "default"), (64, 128, False, "default"),
+        (192, 128, False, "default"), (64, 64, False, "high"), (128, 128, False, "high"), (256, 256, False, "high"),
     ],
 )  # fmt: skip
 def test_more_blocks_than_the_card_holds(
-    width: int, value_width: int, late: bool, monkeypatch: pytest.MonkeyPatch
+    width: int, value_width: int, late: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several rounds of programs: each takes up what the one before it left in barriers and buffers."""
     adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
@@ -181,9 +262,9 @@ def test_more_blocks_than_the_card_holds(
     leaves = operands(
         "cos0.5", 8, 8, 4000, width, value_width=value_width, dtype=BRAIN, device="cuda"
     )
-    expected = run(leaves, "triton")
+    expected = run(leaves, "triton", precision=precision)
     for _ in range(20 if width <= 128 else 5):
-        for g, e in zip(run(leaves, "triton"), expected, strict=True):
+        for g, e in zip(run(leaves, "triton", precision=precision), expected, strict=True):
             assert torch.equal(g, e)
     few = [x.detach()[5:6, 3:4].requires_grad_() for x in leaves]
     grad = torch.cos(torch.arange(expected[0].numel(), device="cuda")).view(expected[0].shape)
@@ -268,11 +349,21 @@ def test_float32_at_length(width: int) -> None:
     assert relative_error(precondition(key, value, impl="triton"), exact) < 1e-5
 
 
-@pytest.mark.parametrize("width", [64, 128, 68, 256])
-def test_a_thousand_launches_beside_other_work(width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "precision"),
+    [
+        (64, "default"),
+        (128, "default"),
+        (68, "default"),
+        (256, "default"),
+        (64, "high"),
+        (128, "high"),
+    ],
+)
+def test_a_thousand_launches_beside_other_work(width: int, precision: str) -> None:
     """The chain of blocks is a race to be lost: other streams hold part of the card all the time."""
     leaves = operands("cos0.5", 1, 5, 1500, width, value_width=width, dtype=BRAIN, device="cuda")
-    expected = run(leaves, "triton")
+    expected = run(leaves, "triton", precision=precision)
     noise = torch.randn(4096, 4096, device="cuda", dtype=BRAIN)
     others = [torch.cuda.Stream() for _ in range(2)]
     wrong = torch.zeros((), device="cuda")
@@ -280,7 +371,7 @@ def test_a_thousand_launches_beside_other_work(width: int) -> None:
         for other in others:
             with torch.cuda.stream(other):
                 noise @ noise
-        for g, e in zip(run(leaves, "triton"), expected, strict=True):
+        for g, e in zip(run(leaves, "triton", precision=precision), expected, strict=True):
             wrong += (g != e).any()
         if turn % 50 == 0:
             torch.cuda.synchronize()
