@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 COLUMNS = {64: 128, 128: 128, 256: 64}
 """Rows of a column tile, by the wider of keys' and values' tiles; up to 128, 64 of them with twice the stages
-were 1 to 30 % slower on every shape. At 256 there is no room for more, nor with ``P`` in two halves for its registers."""
-HALVES_COLUMNS = {64: 64, 128: 64, 256: 64}
+were 1 to 30 % slower on every shape. At 256 there is no room for more, nor, with ``P`` in two halves, at 128 for its
+registers; at 64 they are within 3 % of each other then."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
 
 
@@ -540,7 +540,7 @@ def hopper_solve(
     """``Y`` into ``out`` and ``rows`` from what `prepare` left, or, ``transposed``, ``dV`` from ``dY``."""
     call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_tile, call.solution_tile
-    columns = (HALVES_COLUMNS if call.halves else COLUMNS)[max(D, E)]
+    columns = 64 if call.halves else COLUMNS[max(D, E)]
     keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
 
