@@ -11,11 +11,11 @@ def finish_kernel(
     Toward, Key, GradKey, Mask, Strength, Blocks, LargestGrad, LargestSolution, Bad,
     width, key_b, key_h, key_n, out_b, out_h, out_n,
     heads, chains, blocks, length, headroom, scale, eps,
-    D: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, STORED: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """RMS-norm's backward, as at the end of ``toward.py``. Grid: half a block a program.
 
-    ``width`` and the strides are in ``UNIT``s of entries (``plan.in_units``).
+    ``STORED`` of the D columns are there, the others are 0. ``width`` and the strides are in ``UNIT``s of entries (``plan.in_units``).
     """
     width *= UNIT
     program = tl.program_id(0)
@@ -37,7 +37,12 @@ def finish_kernel(
         strength = tl.load(Strength + head).to(tl.float32)
 
     # From the order of the registers to rows and columns; see ``hopper_tiles.in_order``.
-    grad = tl.load(Toward + program.to(tl.int64) * (64 * D) + tl.arange(0, 64 * D))
+    entry = tl.arange(0, 64 * D)
+    Toward += program.to(tl.int64) * (64 * STORED)
+    if STORED == D:
+        grad = tl.load(Toward + entry)
+    else:
+        grad = tl.load(Toward + entry, mask=entry < 64 * STORED, other=0.0)
     grad = tl.permute(tl.reshape(grad, (D // 8, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
     grad = tl.reshape(grad, (64, D))
     grad = grad * power_of_two(-range_exponent(tl.load(LargestGrad + sequence), headroom))

@@ -25,6 +25,9 @@ Shared memory (swizzled, but for the last two):
     pieces: T twice, in tiles of 64 x 64, and between sweeps the block's rows of dV
     staging: four tiles of 64 x 64 of O, two of each group   norms (2, 64)
 
+Head sizes 65 to 96 have tiles of 128 columns, of which 48 or 32 are zeros: of O and of ``toward`` the second group's part
+has the ``TAIL`` columns that are not, 16 or 32, and so have the sums in global memory.
+
 Barriers, what completes a phase, and who waits; ``n`` counts loaded tiles, ``u`` those with a T, ``q`` what the
 groups give to the adders, first their O, last their rows of ``toward``, and ``b = 2 q + group``:
 
@@ -74,6 +77,7 @@ from .hopper_tiles import (
     accumulator,
     anew,
     exp2,
+    first_columns,
     halves,
     operand,
     place_ticket,
@@ -131,7 +135,8 @@ def _store_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, first_row
 
 @gluon.jit
 def _group(
-    everything, W: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr
+    everything, W: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr, UNIT: gl.constexpr,
+    SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Rows ``64 W`` to ``64 W + 63`` of the block: the sweep, dV, and what follows it."""
     (
@@ -186,18 +191,20 @@ def _group(
                 s, acc, toward, total, 0, 0, sweep > 1, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, True, False, False, True, False,
+                W, True, False, False, True, False, TAIL,
             )  # fmt: skip
         for tile in range(LATE, sweep):
             s, acc, toward, total = sweep_tile(
                 s, acc, toward, total, tile, tile, tile + 1 < sweep, 0,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, True, False, False, LATE, True,
+                W, True, False, False, LATE, True, TAIL,
             )  # fmt: skip
         warpgroup_mma_wait(0, deps=[s])
         if LATE:
-            last_half(sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+            last_half(
+                sweep - 1, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W, TAIL
+            )
     # What the block's end needs but does not have to wait for.
     # The block's place is found once more from here on: the sweep has no registers for what it does not need.
     slot += anew()
@@ -308,7 +315,7 @@ def _group(
             s, acc, toward, total, tile, sweep, False, edge,
             keys, solution, key_ring, grad_ring, pieces, staging,
             key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-            W, False, True, SUM, True, False,
+            W, False, True, SUM, True, False, TAIL,
         )  # fmt: skip
     else:
         for step in range(tiles):
@@ -318,18 +325,18 @@ def _group(
                 s, acc, toward, total, tile + step, sweep + step, step + 1 < tiles, edge,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
-                W, False, True, SUM, False, True,
+                W, False, True, SUM, False, True, TAIL,
             )  # fmt: skip
     warpgroup_mma_wait(0, deps=[s])
     if LATE:
-        last_half(sweep, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W)
+        last_half(sweep, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W, TAIL)
     toward = toward * unscale
     if D == 64:
         hand_over(toward, staging, o_full, o_empty, sweep + tiles, W)
     else:
         first, second = halves(toward)
         hand_over(first, staging, o_full, o_empty, sweep + tiles, W)
-        hand_over(second, staging, o_full, o_empty, sweep + tiles + 1, W)
+        hand_over(first_columns(second, TAIL), staging, o_full, o_empty, sweep + tiles + 1, W)
     if Strength is not None:
         pairs = (pairs + gl.sum(total, axis=0)) * unscale * power_of_two(-exponent)
         pairs *= power_of_two(-range_exponent(gl.load(LargestSolution + sequence), 0))
@@ -338,12 +345,12 @@ def _group(
 
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "wide", "deep", "length", "headroom"])
 def hopper_adjoint_kernel(
-    KeyRows, KeyTiles, GradRows, GradTiles, Toward, T, Live,
+    KeyRows, KeyTiles, GradRows, GradTiles, Toward, Tail, T, Live,
     Grad, Solution, GradValue, StrengthSum, Strength, Blocks,
     Done, LargestGrad, LargestSolution, Bad, Turn, Ticket,
     grad_b, grad_h, grad_n, solution_b, solution_h, solution_n, out_b, out_h, out_n,
     heads, chains, blocks, wide, deep, length, headroom, c2, shift,
-    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, UNIT: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr, UNIT: gl.constexpr,
     PACKED: gl.constexpr, SHIFT: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs. Strides are in ``UNIT``s of entries (``plan.in_units``)."""
@@ -418,12 +425,12 @@ def hopper_adjoint_kernel(
         )  # fmt: skip
         gl.warp_specialize(
             [
-                (_group, (group, gl.constexpr(0), WIDTH, UNIT, SHIFT, LATE)),
-                (_group, (group, gl.constexpr(1), WIDTH, UNIT, SHIFT, LATE)),
+                (_group, (group, gl.constexpr(0), WIDTH, TAIL, UNIT, SHIFT, LATE)),
+                (_group, (group, gl.constexpr(1), WIDTH, TAIL, UNIT, SHIFT, LATE)),
                 (load_keys, (KeyRows, KeyTiles, keys, key_ring, own, key_full, empty, slot, last, need, late, right, grad_n * UNIT, count, WIDTH)),
                 (load_grads, (GradTiles, grad_ring, grad_full, empty, counter, last, need, late)),
-                (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
-                (add_up, (Toward, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
+                (add_up, (Toward, Tail, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(0))),
+                (add_up, (Toward, Tail, staging, o_full, o_empty, stored, Turn, slot, need, M, D, gl.constexpr(1))),
             ],
             [4, 1, 1, 1, 1],
             [240, 24, 24, 24, 24],
@@ -436,6 +443,7 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
     D, E = call.key_tile, call.solution_tile
     keys, values = call.key_width, call.solution_width
     columns = 64 if D == 128 else 128
+    tail = 64 if D == 64 else keys - 64  # the columns of the second half that are no zeros
     kernel = hopper_adjoint_kernel
     late = D == 64 and geometry.slots >= LATE_FROM
 
@@ -448,7 +456,7 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
         (
             *run.tiles(kernel, lambda: (
                 (at.keys, keys, 64, D), (at.keys, keys, columns, D), (at.gh, values, 64, E), (at.gh, values, columns, E),
-                (at.toward, 256, 16, 256),
+                (at.toward, 256, 16, 256), (at.toward, 256, tail // 4, 256),
             )),
             at.inverse, at.live, grad, solution, grad_value, None if strength is None else at.pairs,
             strength, at.table, at.done, at.largest, at.largest_second, at.bad, at.turn, at.ticket,
@@ -458,7 +466,7 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
             geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_BACKWARD),
         ),
         lambda: {
-            "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "UNIT": units()[0], "PACKED": geometry.packed,
+            "D": D, "E": E, "M": columns, "WIDTH": call.value_width, "TAIL": tail, "UNIT": units()[0], "PACKED": geometry.packed,
             "SHIFT": SHIFT_BACKWARD, "LATE": int(late), "num_warps": 4,
         },
     )  # fmt: skip

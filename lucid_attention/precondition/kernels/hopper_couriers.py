@@ -85,30 +85,40 @@ def load_grads(GradTiles, grad_ring, grad_full, empty, Done, last, need, late):
 
 
 @gluon.jit
-def _give(Toward, row, step, staging, o_full, o_empty, push, add):
+def _send(Tile, row, staging, o_full, push, add, W: gl.constexpr):
+    LINES: gl.constexpr = Tile.block_type.shape[0]
+    at, phase = buffer_of(staging, push, W)
+    given = staging.index(at).slice(0, LINES, dim=0)
+    mbarrier.wait(o_full.index(at), phase)
+    if add:
+        reduce_add(Tile, [row, 0], given)
+    else:
+        tma.async_copy_shared_to_global(Tile, [row, 0], given)
+
+
+@gluon.jit
+def _give(First, Second, row, step, staging, o_full, o_empty, push, add):
     """Add, or store, the two groups' tiles of a push; their buffers are free on return."""
+    _send(First, row, staging, o_full, push, add, 0)
+    _send(Second, row + step, staging, o_full, push, add, 1)
     for w in gl.static_range(2):
-        at, phase = buffer_of(staging, push, w)
-        mbarrier.wait(o_full.index(at), phase)
-        if add:
-            reduce_add(Toward, [row + w * step, 0], staging.index(at))
-        else:
-            tma.async_copy_shared_to_global(Toward, [row + w * step, 0], staging.index(at))
-    for w in gl.static_range(2):
-        at, phase = buffer_of(staging, push, w)
+        at, _ = buffer_of(staging, push, w)
         tma.store_wait(1 - w)
         mbarrier.arrive(o_empty.index(at))
 
 
 @gluon.jit
-def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.constexpr, D: gl.constexpr, ODD: gl.constexpr):  # fmt: skip
+def add_up(Toward, Tail, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.constexpr, D: gl.constexpr, ODD: gl.constexpr):  # fmt: skip
     """What this block gives to the later ones, each in its turn; then its own ``Toward``.
+
+    ``Tail``: the same memory, in tiles of the columns from 64 on.
 
     One warp for even pushes and one for odd ones: from a turn to the next program's turn takes about as
     long as the products of a tile.
     """
     PARTS: gl.constexpr = 128 // M
-    SIDES: gl.constexpr = D // 64
+    # Lines of 256 numbers that 64 rows take: 64 columns, and the tail's.
+    LINES: gl.constexpr = 16 if D == 64 else 16 + Tail.block_type.shape[0]
     # Counters of the blocks' parts in the order of the sweep, backwards; own ones last.
     Turn += slot * PARTS
     tiles = (need + 1) * PARTS
@@ -119,8 +129,11 @@ def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.con
         if seen < ahead:
             wait_for(Turn + part, ahead)
         # The groups' tiles are side by side (PARTS 2) or one below the other.
-        row = (slot * PARTS + part) * (M * D // 256)
-        _give(Toward, row, 16, staging, o_full, o_empty, push, ahead > 0)
+        row = (slot * 2 + part) * LINES
+        if PARTS == 2:
+            _give(Toward, Tail, row, 16, staging, o_full, o_empty, push, ahead > 0)
+        else:
+            _give(Toward, Toward, row, 16, staging, o_full, o_empty, push, ahead > 0)
         # Looked at while what was added is on its way.
         seen = look_at(Turn + gl.maximum(part - 2, 0))
         stores_done(push)
@@ -131,9 +144,10 @@ def add_up(Toward, staging, o_full, o_empty, stored, Turn, slot, need, M: gl.con
         mbarrier.arrive(stored)
     else:
         mbarrier.wait(stored, 0)
-        for side in gl.static_range(SIDES):
-            row = (slot * 2 * SIDES + side) * 16
-            _give(Toward, row, SIDES * 16, staging, o_full, o_empty, tiles + side, True)
+        row = slot * 2 * LINES
+        _give(Toward, Toward, row, LINES, staging, o_full, o_empty, tiles, True)
+        if D > 64:
+            _give(Tail, Tail, row + 16, LINES, staging, o_full, o_empty, tiles + 1, True)
         stores_done(tiles)
         gl.thread_barrier()
         for part in gl.static_range(PARTS):

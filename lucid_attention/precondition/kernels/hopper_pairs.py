@@ -38,13 +38,14 @@ def claim(staging, o_empty, push, W: gl.constexpr):
 
 @gluon.jit
 def put(x, staging, at):
-    """Store a tile of 64 x 64."""
-    staging.index(at).store(in_order(x))
+    """Store a tile of 64 rows, of at most 64 columns."""
+    LINES: gl.constexpr = x.shape[1] // 4
+    staging.index(at).slice(0, LINES, dim=0).store(in_order(x))
 
 
 @gluon.jit
 def hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
-    """Give a tile of 64 x 64 to the adder of the push."""
+    """Give a tile of 64 rows to the adder of the push."""
     at = claim(staging, o_empty, push, W)
     put(x, staging, at)
     fence_async_shared()
@@ -63,28 +64,29 @@ def similarity(own, ring, full, tile, pred):
 
 
 @gluon.jit
-def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr):
+def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):
     """Start ``O = T^T K`` of tile ``use``: all rows of T, and of O the group's part."""
+    COLUMNS: gl.constexpr = TAIL if M == 64 and W == 1 else 64
     if M == 64:
         left = (use % 2) * 2
         step: gl.constexpr = 1
-        k1 = keys.index(zero).slice(CHUNK * W, CHUNK, dim=1)
-        k2 = keys.index(zero + 1).slice(CHUNK * W, CHUNK, dim=1)
+        k1 = keys.index(zero).slice(CHUNK * W, COLUMNS, dim=1)
+        k2 = keys.index(zero + 1).slice(CHUNK * W, COLUMNS, dim=1)
     else:
         left = (use % 2) * 4 + W
         step: gl.constexpr = 2
         k1 = keys.index(zero)
         k2 = keys.index(zero + 1)
-    o = gl.zeros([64, 64], gl.float32, accumulator(64))
+    o = gl.zeros([64, COLUMNS], gl.float32, accumulator(COLUMNS))
     o = warpgroup_mma(pieces.index(left).permute((1, 0)), k1, o, use_acc=False, is_async=True)
     return warpgroup_mma(pieces.index(left + step).permute((1, 0)), k2, o, is_async=True)
 
 
 @gluon.jit
-def last_half(use, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr):  # fmt: skip
+def last_half(use, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
     """What the last of several ``sweep_tile`` leaves to do."""
     mbarrier.wait(t_full, use & 1)
-    o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W)])
+    o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W, TAIL)])
     hand_over(o * unscale, staging, o_full, o_empty, use, W)
 
 
@@ -94,7 +96,7 @@ def sweep_tile(
     keys, solution, key_ring, grad_ring, pieces, staging,
     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
     W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
-    LATE: gl.constexpr, FOLLOWS: gl.constexpr,
+    LATE: gl.constexpr, FOLLOWS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """One tile of columns; its ``S`` is under way, and so is the next one's on return.
 
@@ -103,6 +105,7 @@ def sweep_tile(
     tile before this one in the sweep.
     ``EDGE``: only pairs of a row ``j`` and a column ``i`` with ``i + edge > j`` count; with ``SUM``, the block's own
     (``edge`` below 128) are added to ``total``.
+    ``TAIL``: of the keys' columns from 64 on, so many are not known to be zeros.
     """
     M: gl.constexpr = key_ring.shape[1]
     D: gl.constexpr = key_ring.shape[2]
@@ -132,7 +135,7 @@ def sweep_tile(
         if FOLLOWS:
             # Both groups' T of the tile before is there; both have done with the one before that.
             mbarrier.wait(t_full, (use & 1) ^ 1)
-            o = _other_half(use - 1, anew(), keys, pieces, M, W)
+            o = _other_half(use - 1, anew(), keys, pieces, M, W, TAIL)
             if ADJOINT:
                 acc = warpgroup_mma_wait(1, deps=[acc])
         elif ADJOINT:
@@ -163,7 +166,7 @@ def sweep_tile(
         if ADJOINT:
             acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.wait(t_full, use & 1)
-        o = _other_half(use, zero, keys, pieces, M, W)
+        o = _other_half(use, zero, keys, pieces, M, W, TAIL)
         s = similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
         o, toward = warpgroup_mma_wait(1, deps=[o, toward])
         mbarrier.arrive(empty.index(used))

@@ -149,6 +149,16 @@ def halves(x):
     return gl.convert_layout(first, accumulator(64)), gl.convert_layout(second, accumulator(64))
 
 
+@gluon.jit
+def first_columns(x, WIDTH: gl.constexpr):
+    """Of 64 x 64 the first 64, 32 or 16 columns: no data moves."""
+    if WIDTH < 64:
+        x, _ = gl.split(gl.permute(gl.reshape(x, (64, 2, 32)), (0, 2, 1)))
+    if WIDTH < 32:
+        x, _ = gl.split(gl.permute(gl.reshape(x, (64, 2, 16)), (0, 2, 1)))
+    return gl.convert_layout(x, accumulator(WIDTH))
+
+
 @gluon.constexpr_function
 def wide_layout(width, swaps):
     """A product's layout with pairs of columns exchanged between neighbouring lanes.

@@ -86,6 +86,11 @@ def solve_parts(call: Call) -> Parts:
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
 
+def sums_width(call: Call, form: Form) -> int:
+    """Columns of the key gradient's sums. `hopper_toward` has whole tiles."""
+    return call.key_tile if form is Form.APART else call.key_width
+
+
 def adjoint_parts(call: Call, form: Form) -> Parts:
     """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where tiles are wider up to 1.2, 4.0 and 1.1."""
     geometry, plan = call.geometry, call.plan
@@ -98,8 +103,7 @@ def adjoint_parts(call: Call, form: Form) -> Parts:
     scratch = _prepared(call, geometry)
     scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
     scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
-    # Hopper's has whole tiles: of 64 x 64, or 64 rows of all columns.
-    scratch["toward"] = geometry.rows(FLOAT, call.key_tile if hopper else call.key_width)
+    scratch["toward"] = geometry.rows(FLOAT, sums_width(call, form))
     scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
@@ -235,7 +239,10 @@ def hopper_adjoint(
         lambda: (
             *units()[1], *geometry.sizes, geometry.headroom, call.kernel_scale, KEY_EPS,
         ),
-        lambda: {"D": call.key_tile, "UNIT": units()[0], "PACKED": geometry.packed, "num_warps": 8},
+        lambda: {
+            "D": call.key_tile, "STORED": sums_width(call, form), "UNIT": units()[0],
+            "PACKED": geometry.packed, "num_warps": 8,
+        },
     )  # fmt: skip
 
 
