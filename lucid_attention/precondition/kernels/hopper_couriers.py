@@ -129,7 +129,7 @@ def add_up(Toward, Tail, staging, o_full, o_empty, stored, Turn, slot, need, M: 
         if seen < ahead:
             wait_for(Turn + part, ahead)
         # The groups' tiles are side by side (PARTS 2) or one below the other.
-        row = (slot * 2 + part) * LINES
+        row = (slot * PARTS + part) * (M // 64 * LINES)
         if PARTS == 2:
             _give(Toward, Tail, row, 16, staging, o_full, o_empty, push, ahead > 0)
         else:
