@@ -213,7 +213,8 @@ def test_head_sizes(dtype: torch.dtype, width: int, value_width: int, device: st
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
 def test_padding(dtype: torch.dtype, side: str, device: str) -> None:
-    leaves = operands("cos0.5", 2, 2, 150, 20, value_width=12, dtype=dtype, device=device)
+    heads = 2 if side == "anywhere" else 1  # a mask is of a batch row, whatever its head: seen once
+    leaves = operands("cos0.5", 2, heads, 150, 20, value_width=12, dtype=dtype, device=device)
     index = torch.arange(150)
     mask = {
         "left": torch.stack((index >= 130, index >= 3)),
@@ -239,7 +240,8 @@ def test_packed(dtype: torch.dtype, device: str) -> None:
     offsets = pack(lengths).to(device)
     options = {"offsets": offsets, "learned": True}
     exact = run(widened([*leaves, strength]), "reference", **options)
-    for longest in (None, 150, 300):
+    # Where the offsets are on the host they tell the longest sequence, whatever the caller says.
+    for longest in (None, 150, 300) if device == "cuda" else (300,):
         got = run([*leaves, strength], "triton", max_seqlen=longest, **options)
         for g, e in zip(got, exact, strict=True):
             assert relative_error(g, e) < (3e-3 if dtype == HALF else 3e-6)
@@ -314,17 +316,17 @@ def test_keys_too_large_to_square(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
-@pytest.mark.parametrize("place", ["key", "value"])
-def test_nan_stays_where_it_is(dtype: torch.dtype, place: str, device: str) -> None:
+def test_nan_stays_where_it_is(dtype: torch.dtype, device: str) -> None:
+    """In a key and, in another sequence and head of the same call, in a value."""
     leaves = operands("cos0.5", 2, 2, 150, 20, value_width=12, dtype=dtype, device=device)
     clean = run(leaves, "triton")
     with torch.no_grad():
-        leaves[0 if place == "key" else 1][0, 1, 70, 3] = float("nan")
+        leaves[0][0, 1, 70, 3] = leaves[1][1, 0, 90, 3] = float("nan")
     got = run(leaves, "triton")
     hit = torch.zeros(2, 2, 150, dtype=torch.bool, device=device)
-    hit[0, 1, 70:] = True
+    hit[0, 1, 70:] = hit[1, 0, 90:] = True
     assert got[0][hit].isnan().all() and torch.equal(got[0][~hit], clean[0][~hit])
-    hit[0, 1] = True  # every gradient of that sequence and head
+    hit[0, 1] = hit[1, 0] = True  # every gradient of those sequences and heads
     for g, c in zip(got[1:], clean[1:], strict=True):
         assert g[hit].isnan().all() and torch.equal(g[~hit], c[~hit])
 
@@ -361,7 +363,7 @@ def test_large_kernel_scales(scale: float, device: str) -> None:
 
 
 def test_strides_and_no_strength(device: str) -> None:
-    leaves = operands("cos0.8", 2, 140, 3, 20, value_width=20, dtype=HALF, device=device)
+    leaves = operands("cos0.8", 2, 140, 2, 20, value_width=20, dtype=HALF, device=device)
     leaves = [x.detach().transpose(1, 2).requires_grad_() for x in leaves]
     contiguous = [x.detach().contiguous().requires_grad_() for x in leaves]
     last = [x.detach().mT.contiguous().mT.requires_grad_() for x in leaves]
@@ -369,7 +371,8 @@ def test_strides_and_no_strength(device: str) -> None:
     for other in (leaves, last):
         for g, e in zip(run(other, "triton"), expected, strict=True):
             assert torch.equal(g, e)
-    nothing = torch.zeros(3, device=device, requires_grad=True)
+    leaves = [x.detach()[:, :, :70].requires_grad_() for x in leaves]  # strided as before
+    nothing = torch.zeros(2, device=device, requires_grad=True)
     got = run([*leaves, nothing], "triton", learned=True)
     exact = run(widened([*leaves, nothing]), "reference", learned=True)
     assert torch.equal(got[0], leaves[1]) and not got[1].any()
@@ -389,8 +392,8 @@ def test_masks_and_strengths_of_any_strides(device: str) -> None:
 
 def test_offsets_of_any_strides(device: str) -> None:
     """Also after a call with plain ones: what is kept of it must not meet these."""
-    offsets = pack((5, 0, 129, 1, 65)).to(device)
-    leaves = operands("cos0.5", 1, 2, 200, 20, value_width=12, dtype=HALF, device=device)
+    offsets = pack((5, 0, 129)).to(device)
+    leaves = operands("cos0.5", 1, 1, 134, 20, value_width=12, dtype=HALF, device=device)
     leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
     expected = run(leaves, "triton", offsets=offsets)
     moved = torch.cat([offsets.new_tensor([9]), offsets])[1:]  # no multiple of 16 bytes
