@@ -8,8 +8,10 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from lucid_attention import cli, precondition
-from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, language, reproduce
+from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, corpus, language, reproduce
 from lucid_attention.reproduce.experiment import Workplace, _identity
 from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.reproduce.statistics import paired, quantile, said, spread_of
 from lucid_attention.results import FolderError
-from lucid_attention.train import TrainConfig
+from lucid_attention.train import TrainConfig, tasks
 from lucid_attention.train.run import prepare_tokens
 from tests.conftest import make_keys, relative_error
 
@@ -33,8 +35,64 @@ def run(name: str, out: Path, **changes: Any) -> Path:
     return reproduce(EXPERIMENTS[name], out=out, tiny=True, device="cpu", say=lambda line: None, quiet=True, **changes)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_rows_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tasks: what is found is not looked at, and making rows takes longer than the tiny models."""
+    monkeypatch.setattr(tasks, "_VALIDATION_ROWS", 32)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The tiny texts, without and with the libraries: written once, all sources of a dozen libraries are looked at for them."""
+    folder = tmp_path_factory.mktemp("corpora")
+    return {
+        libraries: corpus.write_corpus(
+            folder / f"{libraries}.jsonl", libraries=libraries, tiny=True
+        )
+        for libraries in (False, True)
+    }
+
+
+def copying(corpora: dict[bool, Path]) -> Callable[..., Path]:
+    """In the place of `write_corpus`."""
+
+    def copied(path: Path, *, libraries: bool, tiny: bool) -> Path:
+        assert tiny
+        return Path(shutil.copy(corpora[libraries], path))
+
+    return copied
+
+
+@pytest.fixture
+def copied_corpora(corpora: dict[bool, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments find their texts written; whether that repeats is `test_a_tiny_run`'s, of language-model."""
+    monkeypatch.setattr(language, "write_corpus", copying(corpora))
+
+
+@pytest.fixture(scope="module")
+def language_run(
+    corpora: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, int]:
+    """A run of language-model, what it shares, and how many models it trained; not to be changed."""
+    folder = tmp_path_factory.mktemp("language")
+    trained: list[Any] = []
+    real = language.train_cell
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(args)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "train_cell", counted)
+        patch.setattr(language, "write_corpus", copying(corpora))
+        out = run("language-model", folder / "first", seeds=1, shared=folder / "shared")
+    return out, folder / "shared", len(trained)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_tiny_run(name: str, tmp_path: Path) -> None:
+def test_a_tiny_run(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name != "language-model":  # it has both texts, which are written anew in its two runs
+        request.getfixturevalue("copied_corpora")
     one = EXPERIMENTS[name]
     seeds = 1 if one.per_seed else 3  # each of these takes seconds
     folder = run(name, tmp_path / "out", seeds=seeds)
@@ -55,6 +113,7 @@ def test_a_tiny_run(name: str, tmp_path: Path) -> None:
     assert rows == again
 
 
+@pytest.mark.usefixtures("copied_corpora")
 def test_moving_begins_where_softmax_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """At strength 0 the switch costs nothing; at once it does; a learned strength moves, at its own rate."""
     monkeypatch.setattr(type(EXPERIMENTS["moving"]), "lengths", lambda self, tiny: (24, 24))
@@ -136,8 +195,11 @@ def test_two_phases_go_on_within_a_cell(tmp_path: Path, monkeypatch: pytest.Monk
         assert (out / "results.csv").read_text() == (whole / "results.csv").read_text()
 
 
-def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_model_is_trained_once(language_run: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Another experiment, and another process, find it; its checkpoints are gone."""
+    first, theirs, count = language_run
+    assert count == 6  # softmax and LUCID, on two texts, and the controls
+    shared = shutil.copytree(theirs, tmp_path / "shared")
     trained: list[Any] = []
     real = language.train_cell
 
@@ -146,26 +208,23 @@ def test_a_text_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return real(place, config, *args, **kwargs)
 
     monkeypatch.setattr(language, "train_cell", counted)
-    shared = tmp_path / "shared"
-    first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
-    assert len(trained) == 6  # softmax and LUCID, on two texts, and the controls
     again = run("language-model", tmp_path / "again", seeds=1, shared=shared)
-    assert len(trained) == 6
+    assert not trained
     assert (first / "results.csv").read_text() == (again / "results.csv").read_text()
     assert len(list(shared.glob("tiny/models/*/run/model/model.safetensors"))) == 6
     assert not list(shared.glob("tiny/models/*/run/checkpoint-*")) and not (first / "work").exists()
     run("language-model", tmp_path / "more", seeds=2, shared=shared)
-    assert [c.attention for c in trained[6:]] == ["softmax", "lucid"] * 2 + ["lucid"] * 2
-    assert [c.kernel_scale for c in trained[6:]] == [None] * 4 + [1e-6] * 2
-    assert [c.strength for c in trained[6:]] == [1.0] * 5 + [0.25]
+    assert [c.attention for c in trained] == ["softmax", "lucid"] * 2 + ["lucid"] * 2
+    assert [c.kernel_scale for c in trained] == [None] * 4 + [1e-6] * 2
+    assert [c.strength for c in trained] == [1.0] * 5 + [0.25]
 
 
-def test_logs_without_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("copied_corpora")
+def test_logs_without_their_models(language_run: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Two files of each training are enough for what reads losses; what begins from a model trains it again, and if that
     is stopped, the log of the beginning is not taken for the whole, nor its checkpoint lost.
     """
-    shared, other = tmp_path / "shared", tmp_path / "other"
-    first = run("language-model", tmp_path / "first", seeds=1, shared=shared)
+    (first, shared, _), other = language_run, tmp_path / "other"
     for name in ("facts.json", "run/log.csv"):
         for file in shared.glob(f"tiny/models/*/{name}"):
             copy = other / file.relative_to(shared)
@@ -211,8 +270,6 @@ def test_logs_without_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lucid_attention.reproduce import corpus
-
     monkeypatch.setattr(corpus, "_LIBRARIES", ("torch", "no_such_library"))
     with pytest.raises(ReproduceError, match=r"no_such_library: is not installed.*pip install no_such_library"):  # fmt: skip
         corpus.write_corpus(tmp_path / "corpus.jsonl", libraries=True)
@@ -221,8 +278,6 @@ def test_a_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_copies_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two documents that have more than half of their longer lines in common, the first alone is in the text."""
-    from lucid_attention.reproduce import corpus
-
     # In the order of the corpus.
     a, b, c = sorted("abc", key=lambda name: hashlib.sha256(name.encode()).digest())
     own = {name: [f"{name} has this line for itself, number {i}" for i in range(10)] for name in "abc"}  # fmt: skip
@@ -345,6 +400,7 @@ def test_processes_share_the_cells(tmp_path: Path) -> None:
     assert (out / "results.csv").read_text() == (run("memory", tmp_path / "whole") / "results.csv").read_text()  # fmt: skip
 
 
+@pytest.mark.usefixtures("copied_corpora")
 def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
     """A folder of fewer seeds is gone on with; ``only`` runs what it says, and the tables have the rest too."""
     out, shared = tmp_path / "out", tmp_path / "shared"
@@ -372,6 +428,7 @@ def test_more_seeds_and_some_cells_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("copied_corpora")
 def test_fewer_seeds_leave_the_work_of_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """While a process of one seed runs, another begins with two: what it is at stays, and the tables have its cells."""
     out = tmp_path / "out"
@@ -512,20 +569,19 @@ def test_processes_begin_and_end_together(tmp_path: Path) -> None:
     assert {row["attention"] for row in rows} == {"softmax", "lucid"}
 
 
-def test_tiny_and_full_models_share_nothing(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    run("language-model", tmp_path / "out", seeds=1, shared=shared)
+def test_tiny_and_full_models_share_nothing(language_run: tuple[Path, Path, int]) -> None:
+    _, shared, _ = language_run
     assert [path.name for path in shared.iterdir()] == ["tiny"]
     model = next(shared.glob("tiny/models/*/facts.json"))
     facts = json.loads(model.read_text())
     assert facts["trained_on"] == facts["device"] == "cpu" and len(facts["corpus"]) == 12
 
 
+@pytest.mark.usefixtures("copied_corpora")
 def test_a_copy_of_tokens_that_was_cut_off(tmp_path: Path) -> None:
     """A kill between two files of the copy: the next training copies again."""
-    shared = tmp_path / "shared"
-    run("language-model", tmp_path / "out", seeds=1, shared=shared)
-    place = Workplace(torch.device("cpu"), True, tmp_path, shared / "tiny")
+    place = Workplace(torch.device("cpu"), True, tmp_path, tmp_path / "shared" / "tiny")
+    language.settings(place)  # makes the tokens that are copied
     (tmp_path / "new" / ".data.partial").mkdir(parents=True)
     (tmp_path / "new" / ".data.partial" / "tokens.json").write_text("{}")
     _, tokens = prepare_tokens(language.settings(place), tmp_path / "new")
