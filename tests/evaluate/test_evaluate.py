@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tasks_read_once() -> Iterator[None]:
+    """The harness reads 13,000 files for its list of tasks, whenever it is asked: here once; everyone gets a copy."""
+    from lm_eval.tasks._index import TaskIndex
+
+    real, kept = TaskIndex.build, dict[tuple[Any, ...], bytes]()
+
+    def build(paths: Any, **options: Any) -> Any:
+        asked = (*paths, *sorted(options.items()))
+        if asked not in kept:
+            kept[asked] = pickle.dumps(real(paths, **options))
+        return pickle.loads(kept[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build))
+        yield
 
 
 @pytest.fixture
@@ -103,6 +123,7 @@ def test_answers_have_room() -> None:
     assert parse_task("niah_single_1") is None
 
 
+@pytest.mark.usefixtures("tasks_read_once")
 @pytest.mark.parametrize(
     ("tasks", "changes", "message"),
     [
@@ -125,6 +146,7 @@ def test_bad_input(checkpoint: str, tmp_path: Path, tasks: list[str], changes: d
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("tasks_read_once")
 def test_a_network_is_asked_for_at_once(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
@@ -193,6 +215,7 @@ def test_rows_of_the_harness() -> None:
     assert "| niah_single_1 | 50.0 |" in text and "| boolq | acc | 0.25 | 0.01 |" in text
 
 
+@pytest.mark.usefixtures("tasks_read_once")
 def test_the_harness_runs_offline(checkpoint: str, tmp_path: Path) -> None:
     """Through the command, as a user would: one of RULER's tasks beside one of ours."""
     out = tmp_path / "out"
