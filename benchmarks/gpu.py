@@ -242,7 +242,8 @@ def unrounded() -> Iterator[None]:
     """Within it, the kernels for half precision take float32 tensors.
 
     Given bfloat16 values in float32 they compute what they compute for bfloat16 inputs, and the
-    result is not rounded to bfloat16 at the end.
+    result is not rounded to bfloat16 at the end. For precision="high" only where Hopper's own kernels serve it:
+    float32's kernels, which do elsewhere, are kept out.
     """
     plan_for = plan.plan_for
     with (

@@ -5,7 +5,8 @@ Run by ``python -m benchmarks.solve_gpu --part precision``; writes ``precision-G
 Keys: "shared" c: every pair of a head's keys has cosine c; "types" c: each key is of one of 64 types
 and has cosine c with those of its own. For bfloat16 inputs ``y``, ``dv`` and ``dk`` are what the kernels
 compute before they round to bfloat16 (the adjoint gets the Y that was saved, rounded), and
-``y_rounded`` is what a caller gets; with ``precision`` "default" and, where Hopper's own kernels serve it, "high". Float64 is ``impl="blocked"`` on the same, rounded, inputs.
+``y_rounded`` is what a caller gets; with precision "default" and, where Hopper's own kernels serve it,
+"high". Float64 is ``impl="blocked"`` on the same, rounded, inputs.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ def jobs(quick: bool, head_dims: Collection[int] | None = None) -> list[Job]:
         for backward in (False, True) if seq <= GRADIENTS_UP_TO else (False,):
             found.append(Job(shape, backward))
             if dtype != torch.float32:
-                found += [Job(shape, backward, True, name) for name in ("default", "high")]
-                found.append(Job(shape, backward, precision="high"))
+                found.append(Job(shape, backward, unrounded=True))
+            if "high" in precisions(dtype, torch.device("cuda")):
+                found += [Job(shape, backward, also, "high") for also in (False, True)]
     return found
 
 

@@ -354,13 +354,12 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
     results = Results(options.out / f"{name}-{report.slug(facts['gpu'])}", facts)
     for shape in tqdm(shapes if "solve" in parts else [], desc="solve"):
         known = {}
-        for name, precision in (("triton", "default"), ("triton-high", "high")):
+        for entry, precision in (("triton", "default"), ("triton-high", "high")):
             if precision == "default" or shape.dtype != "float32":
-                known[name] = (
-                    attempt(f"errors of {shape}", partial(errors_of, shape, precision)) or {}
-                )
+                job = partial(errors_of, shape, precision)
+                known[entry] = attempt(f"errors of {shape}, precision {precision}", job) or {}
         for which in PASSES:
-            errors = {name: found.get(which, math.nan) for name, found in known.items()}
+            errors = {entry: found.get(which, math.nan) for entry, found in known.items()}
             results.rows += measure(shape, which, errors, facts)
             tqdm.write(report.line(results.rows))
             torch.cuda.empty_cache()
@@ -389,7 +388,7 @@ def run(parts: set[str], options: argparse.Namespace) -> None:
         results.write()
         print(results.base.with_suffix(".md").read_text())
         print(f"written to {results.base}.*")
-        ours = ("triton", "lucid_attention")
+        ours = ("triton", "triton-high", "lucid_attention")
         lost = [row for row in results.rows if row["impl"] in ours and math.isnan(row["ms_p50"])]
         if lost:
             raise SystemExit(f"{len(lost)} of our own measurements failed; see the lines above.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Two pytest workers share two cores: more threads a worker only makes them wait for each other.
 torch.set_num_threads(1)
@@ -102,3 +104,25 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     norm = expected.norm().item()
     difference = (got - expected).norm().item()
     return difference / norm if norm > 0 else difference
+
+
+class Asked(TorchDispatchMode):
+    """What the operators of the solve are asked for, by their names: precisions, and tokens of past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: dict[str, set[str]] = {}
+        self.pasts: list[int] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function.name().startswith("lucid_attention::precondition"):
+            names = [argument.name for argument in function._schema.arguments]
+            given = dict(zip(names, args, strict=True))
+            name = function.name().split("::")[1]
+            self.precisions.setdefault(name, set()).add(given["precision"])
+            if name == "precondition":
+                past = given["past_key"]
+                self.pasts.append(0 if past is None else past.shape[2])
+        return function(*args, **(kwargs or {}))

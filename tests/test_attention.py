@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lucid_attention import lucid_attention, lucid_attention_varlen
 from lucid_attention.attention import softmax_attention, softmax_attention_varlen
 from lucid_attention.blocked_softmax import _Problem
-from tests.conftest import make_keys, relative_error
+from tests.conftest import Asked, make_keys, relative_error
 from tests.precondition.test_definition import LENGTHS, pack
 
 EXACT = 1e-10
@@ -457,3 +457,15 @@ def test_memory_is_linear(case: str) -> None:
 
     run()  # let the libraries settle
     assert peak_mib(run) < limit
+
+
+def test_precision_is_handed_down() -> None:
+    leaves = operands(1, 2, 2, 20, 6, 4)
+    with Asked() as asked:
+        gradients(lucid_attention(*leaves, precision="high"), leaves)
+        packed = tuple(x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves)
+        gradients(lucid_attention_varlen(*packed, pack((8, 12)), precision="high"), packed)
+        assert set().union(*asked.precisions.values()) == {"high"}
+        assert len(asked.precisions) == 4
+    with pytest.raises(ValueError, match="precision must be one of"):
+        lucid_attention(*leaves, precision="low")

@@ -241,10 +241,12 @@ def _cached(
     keys, key, value = _autocast(pending.all_keys, pending.key, pending.value)
     if pending.position is None:
         new_real = None if real is None else real[:, -length:]
-        past_keys = keys[:, :, : keys.shape[2] - length]
+        written = keys.shape[2] - length
     else:
         new_real = None if real is None else real.index_select(1, pending.position)
-        past_keys = keys  # the rows of Y that are still zero change nothing
+        # The rows of Y that are still zero change nothing. A graph goes through them all; elsewhere the host asks.
+        written = keys.shape[2] if is_in_a_graph(query) else _count(layer) - length
+    past = keys[:, :, :written], layer.in_full(pending.past[:, :, :written])
     narrow = value.dtype.itemsize < 4 and pending.past.dtype != value.dtype
     new = precondition(
         key,
@@ -252,7 +254,7 @@ def _cached(
         kernel_scale=lucid.kernel_scale,
         strength=strength_of(lucid, value),
         key_mask=new_real,
-        past=(past_keys, layer.in_full(pending.past)) if pending.past.shape[2] > 0 else None,
+        past=past if written > 0 else None,
         out_dtype=torch.float32 if narrow else None,
         precision=lucid.precision,
         impl=lucid.impl,
@@ -340,6 +342,11 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
+def _count(layer: Any) -> int:
+    """Tokens in a static layer, the new ones among them. Asks the device."""
+    return int(layer.cumulative_length)
+
+
 def _aligned(
     layer: Any, length: int, keys: Tensor, values: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -354,7 +361,7 @@ def _aligned(
     if torch.compiler.is_compiling():
         return keys, values, real, layer.cumulative_length - length
     # Prefill runs eagerly; cutting the buffers there lets the fused causal kernels do it.
-    end = int(layer.cumulative_length)
+    end = _count(layer)
     return keys[:, :, :end], values[:, :, :end], None if real is None else real[:, :end], None
 
 

@@ -74,8 +74,9 @@ def enable(
         kernel_scale: of the preconditioner, as for `lucid_attention.precondition`; None is `1/sqrt(D)`.
             Smaller ones let keys answer for keys that are less alike; towards 0 the values are
             differences, `y_n = v_n - v_(n-1)`, whatever the keys.
-        precision: of the preconditioner, as for `lucid_attention.precondition`: in training, and for prompts without
-            a past; single new tokens are computed as with "default". It is not saved.
+        precision: of the preconditioner, as for `lucid_attention.precondition`, where it has its price: later chunks of a
+            prompt are computed in float32 with "high", and the few tokens of a decoding step on a GPU as with
+            "default". It is not saved.
         impl: of the preconditioner, as for `lucid_attention.precondition`. It is not saved.
 
     Returns:
@@ -137,9 +138,10 @@ def enable(
                 delattr(module, SUBMODULE)
             continue
         _install_strength(module, parsed, chosen.index(index), len(chosen))
-        for installed in strength_modules(module):
-            installed.impl, installed.kernel_scale = impl, kernel_scale
-            installed.precision = precision
+        for installed in module.modules():  # every adapter's copy, and the one it was made from
+            if isinstance(installed, (FixedStrength, LearnedStrength)):
+                installed.impl, installed.precision = impl, precision
+                installed.kernel_scale = kernel_scale
     if before_forward not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
         decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)

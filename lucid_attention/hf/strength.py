@@ -48,10 +48,11 @@ class FixedStrength(nn.Module):
     model's config, so neither `model.to(torch.bfloat16)` nor a weights file can round it.
     """
 
+    precision = "default"
+
     def __init__(self, value: float | Sequence[float], impl: str = "auto") -> None:
         super().__init__()
         self.impl = impl
-        self.precision = "default"
         self.kernel_scale: float | None = None
         self.value: float | list[float] = 1.0
         self._tensor: Tensor | None = None
@@ -106,6 +107,8 @@ class LearnedStrength(nn.Module):
     thousands; the clamp starts at the softmax model exactly and can still move.
     """
 
+    precision = "default"
+
     # transformers' Trainer keeps weight decay away from every parameter whose name contains "bias"
     # (`Trainer.get_decay_parameter_names`). Decay would pull the strength towards softmax whatever
     # the loss says, and this name is the only switch that needs no cooperation from the user.
@@ -120,7 +123,6 @@ class LearnedStrength(nn.Module):
     ) -> None:
         super().__init__()
         self.impl = impl
-        self.precision = "default"
         self.kernel_scale: float | None = None
         self.initial = initial
         # fp32 whatever the model's dtype: near 1 a bf16 step is .004, coarser than most updates.

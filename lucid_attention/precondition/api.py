@@ -64,10 +64,12 @@ def precondition(
         out_dtype: of the result; None is value's. float32 keeps what rounding to a narrower value's
             dtype drops: for a cache that later tokens are solved from. Gradients are value's all the same.
         precision: of float16 and bfloat16 inputs inside the kernels. ``"default"`` rounds ``L``'s entries to
-            float16, an error that grows with length where keys are alike (5e-3 at 128K tokens and cosine .8,
-            ``head_dim`` 128); ``"high"`` takes them in two halves: 6e-4 there, for 1.1 to 1.6 times the time forward
-            and 1.1 to 2.1 times backward on Hopper cards. Elsewhere, and after a ``past``, it computes in float32,
-            several times slower. Nothing changes for wider inputs and the other implementations, which have more.
+            float16, an error that grows with length where keys are alike: at 128K tokens, cosine .8 and ``head_dim``
+            128, 5e-3 before ``Y`` itself is rounded (which ``out_dtype=torch.float32`` spares it). ``"high"`` takes
+            them in two halves, 6e-4 there, for 1.1 to 1.6 times the time forward and 1.1 to 2.1 times backward where
+            Hopper's own kernels serve (head sizes above 32, mostly with ``value_dim`` alike; no ``past``); other
+            calls are then computed in float32, several times slower. Wider inputs and the other implementations
+            have more precision than either. It has nothing to do with PyTorch's setting for float32 products.
         impl: ``"auto"`` takes the GPU kernels where they run (CUDA, compute capability 8.0, Triton
             3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere, and for
             a chunk of less than 128 tokens after a past.

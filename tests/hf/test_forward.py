@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, StaticCache
 
 from lucid_attention.hf import LucidCache, disable, enable
+from tests.conftest import Asked
 
 LLAMA4 = {
     "num_hidden_layers": 4,
@@ -367,34 +367,31 @@ def test_other_heads(head, build, ids):
     assert not torch.equal(model(ids)[0], before)
 
 
-class Precisions(TorchDispatchMode):
-    """Which precisions the operators of the solve are asked for, by the operator's name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: dict[str, set[str]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name().startswith("lucid_attention::precondition"):
-            at = [argument.name for argument in function._schema.arguments].index("precision")
-            self.asked.setdefault(function.name().split("::")[1], set()).add(args[at])
-        return function(*args, **(kwargs or {}))
-
-
 def test_precision_reaches_every_operator(build, ids):
     model = enable(build("Llama"), precision="high")
     packed = {"input_ids": ids.reshape(1, -1), "position_ids": torch.arange(19).repeat(2)[None]}
-    with Precisions() as seen:
+    with Asked() as asked:
         model(ids, labels=ids, use_cache=False).loss.backward()
         model(**packed, use_cache=False).logits.sum().backward()
         with torch.no_grad():
             cache = model(ids[:, :10], use_cache=True).past_key_values
             model(ids[:, 10:], past_key_values=cache)
-    assert len(seen.asked) == 4
-    assert set().union(*seen.asked.values()) == {"high"}
+    assert len(asked.precisions) == 4
+    assert set().union(*asked.precisions.values()) == {"high"}
     enable(model)
-    with Precisions() as seen, torch.no_grad():
+    with Asked() as asked, torch.no_grad():
         model(ids, use_cache=False)
-    assert seen.asked == {"precondition": {"default"}}
+    assert asked.precisions == {"precondition": {"default"}}
     with pytest.raises(ValueError, match="precision must be one of"):
         enable(model, precision="low")
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_written(build, ids):
+    """A prompt has no past, whatever room there is behind it."""
+    model = enable(build("Llama"))
+    expected = model(ids, use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=64)
+    with Asked() as asked, torch.no_grad():
+        parts = [model(x, past_key_values=cache).logits for x in ids.split([9, 7, 3], dim=1)]
+    assert asked.pasts == [0, 0, 9, 9, 16, 16]  # two layers
+    close(torch.cat(parts, 1), expected)

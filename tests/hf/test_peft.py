@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lucid_attention.hf import disable, enable, strengths
+from lucid_attention.hf.strength import LearnedStrength
 
 peft = pytest.importorskip("peft")
 
@@ -51,6 +52,11 @@ def test_learned_strengths_train_and_are_saved_with_the_adapter(build, ids, tmp_
         optimizer.step()
     model.eval()
     assert (strengths(model) > 0).any()
+    enable(model, strength="learned", kernel_scale=0.2, precision="high")
+    with model.disable_adapter():  # the copy that is in use then is told as well
+        modules = [m for m in model.modules() if isinstance(m, LearnedStrength)]
+    assert len(modules) == 4
+    assert {(m.kernel_scale, m.precision) for m in modules} == {(0.2, "high")}
     assert enable(model, strength="learned") is model  # allowed: they are trained
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()

@@ -51,7 +51,7 @@ def test_opcheck_dense(dtype: torch.dtype, optional: bool) -> None:
             *extra,
             0.4,
             "auto",
-            "default",
+            "high",
             torch.float64 if dtype == torch.float64 else torch.float32,
         ),
         test_utils=CHECKS,

@@ -13,9 +13,12 @@ precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks o
   exponentials are taken. Only the block's own inverse needs the other half, once, at the end.
 * ``Done`` counts halves of blocks here, from the block of the sequence that is solved first.
 
-``REVERSED`` solves ``L^T dV = dY`` instead, from a sequence's last block to its first, for head sizes whose key
+``REVERSED`` solves ``L^T dV = dY`` instead, from a sequence's last block to its first, where the key
 gradient does not fit in the same sweep (`hopper_adjoint` has both): ``P`` is symmetric, the inverse is
 read transposed, and it is the upper half of a block that needs the lower one.
+
+``HALVES`` multiplies the solution by ``P`` in two halves, for half of the products more (``precision="high"``); the inverses,
+keys and solutions are rounded to float16 as ever.
 """
 
 from __future__ import annotations
@@ -49,8 +52,9 @@ if TYPE_CHECKING:
 
 COLUMNS = {64: 128, 128: 128, 256: 64}
 """Rows of a column tile, by the wider of keys' and values' tiles; up to 128, 64 of them with twice the stages
-were 1 to 30 % slower on every shape. At 256 there is no room for more, nor, with ``P`` in two halves, at 128 for its
-registers; at 64 they are within 3 % of each other then."""
+were 1 to 30 % slower on every shape. At 256 there is no room for more."""
+HALVES_COLUMNS = 64
+"""The same with ``P`` in two halves: at 128 columns there are no registers for more, at 64 more gain 3 % at most."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
 
 
@@ -174,7 +178,8 @@ def _loader(
 
 @gluon.jit
 def _halves(e, left: gl.constexpr, HALVES: gl.constexpr):
-    """A tile of ``P`` as an operand, and what that leaves of it: with ``HALVES`` its first 11 bits and the next 11.
+    """A tile of ``P`` as an operand, and what that leaves of it: with ``HALVES`` its first 11 bits and the next 11,
+    or what float16 has of them (below 2^-18 the second half ends 2^-39 below 1).
 
     Bits are cut off, not rounded: a rounded number that is taken from float16 back to float32 costs the assembler the order
     of the products ("serialized").
@@ -540,7 +545,7 @@ def hopper_solve(
     """``Y`` into ``out`` and ``rows`` from what `prepare` left, or, ``transposed``, ``dV`` from ``dY``."""
     call, at, geometry = run.call, run.at, run.call.geometry
     D, E = call.key_tile, call.solution_tile
-    columns = 64 if call.halves else COLUMNS[max(D, E)]
+    columns = HALVES_COLUMNS if call.halves else COLUMNS[max(D, E)]
     keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
 

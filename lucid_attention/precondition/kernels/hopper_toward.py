@@ -297,6 +297,7 @@ def hopper_toward(run: Run, strength: Any) -> None:
     D, E = call.key_tile, call.solution_tile
     keys, values = call.key_width, call.solution_width
     kernel = hopper_toward_kernel
+    room = (_SHARED - 128 * (D + E) * 2) // (COLUMNS * (D + E) * 2)
     run.launch(
         kernel, geometry.slots,
         (
@@ -311,7 +312,7 @@ def hopper_toward(run: Run, strength: Any) -> None:
         ),
         lambda: {
             "D": D, "E": E, "M": COLUMNS,
-            "STAGES": min(4, (_SHARED - 128 * (D + E) * 2) // (COLUMNS * (D + E) * 2)),
+            "STAGES": 4 if room >= 4 else min(room, 2),
             "PACKED": geometry.packed, "num_warps": 4,
         },
     )  # fmt: skip

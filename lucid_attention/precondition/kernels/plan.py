@@ -275,21 +275,21 @@ class Call:
         high: bool = False,
     ) -> None:
         self.width, self.value_width = key.shape[-1], value.shape[-1]
-        widths = sum(pieces(self.width)), sum(pieces(self.value_width))
+        self.key_width, self.solution_width = (
+            sum(pieces(width)) for width in (self.width, self.value_width)
+        )
         # float32 inside also where float16 keys would move the exponents too far.
         half = key.dtype != torch.float32 and kernel_scale * self.width <= LARGEST_EXPONENT
-        if (
-            high and half
-        ):  # only Hopper's kernels take P in two halves, and a past has no such kernel
-            half = not past and is_hoppers(torch.float16, *widths, key.device, past=past)
+        if high and half:
+            # Only Hopper's kernels take P in two halves, and a past has no such kernel.
+            widths = self.key_width, self.solution_width
+            half = not past and is_hoppers(torch.float16, *widths, key.device, past=False)
         self.plan = plan_for(torch.float16 if half else torch.float32, self.width, self.value_width)
         self.device = key.device
         self.kernel_scale = kernel_scale
         self.c2 = kernel_scale * LOG2E
         self.pieces = dict(zip(("D1", "D2"), pieces(self.width), strict=True))
         self.value_pieces = dict(zip(("E1", "E2"), pieces(self.value_width), strict=True))
-        self.key_width = sum(self.pieces.values())
-        self.solution_width = sum(self.value_pieces.values())
         self.hopper = is_hoppers(
             self.plan.dtype, self.key_width, self.solution_width, self.device, past=past
         )

@@ -56,7 +56,7 @@ class Form(enum.Enum):
 
 
 def form_of(call: Call) -> Form:
-    """Without a past. Registers hold both sums of one sweep up to 128 columns, values no wider than keys, ``P`` in one half."""
+    """Without a past. Registers hold both sums of one sweep up to 128 columns, values no wider than keys, ``P`` not in two halves."""
     if not call.hopper:
         return Form.PORTABLE
     fused = call.solution_tile <= call.key_tile <= 128 and not call.halves

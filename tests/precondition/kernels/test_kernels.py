@@ -145,7 +145,7 @@ def test_half_precision(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cos0.99", "mixed", "huge"])
 def test_high_precision(kind: str, device: str) -> None:
-    """Y before its rounding: float32 inside here, two halves of P at head sizes of Hopper's kernels."""
+    """Y before its rounding: float32 inside, as wherever Hopper's own kernels do not serve."""
     leaves = operands(kind, 1, 2, 200, 20, value_width=12, dtype=HALF, device=device)
     if kind == "huge":
         leaves[0] = (leaves[0].detach() / 16).requires_grad_()

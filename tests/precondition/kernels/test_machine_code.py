@@ -68,13 +68,14 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
 
 
-@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (64, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("sizes", HOPPER, ids=str)
 def test_hopper_kernels_in_high_precision(sizes: tuple[int, int]) -> None:
     found = report_of([*sizes, 300, True, False, "high"])
     names = {line["kernel"] for line in found}
     assert names >= {"hopper_solve_kernel", "hopper_toward_kernel"}
     assert not names & {"solve_kernel", "adjoint_kernel", "toward_kernel", "hopper_adjoint_kernel"}
     assert [line for line in found if line["spoiled"] or line["serialised"]] == []
+    assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
 
 
 DECODE = [  # head size, value size, query heads a KV head, tokens, page, ragged
