@@ -145,13 +145,14 @@ def cases(
 def jobs(quick: bool, head_dims: Collection[int] | None = None) -> list[Job]:
     """The kernels that `run` needs."""
     found = []
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for width, seq, dtype, kinds in cases(quick, head_dims):
         shape = Shape(1, len(kinds), seq, width, str(dtype).removeprefix("torch."))
         for backward in (False, True) if seq <= GRADIENTS_UP_TO else (False,):
             found.append(Job(shape, backward))
             if dtype != torch.float32:
                 found.append(Job(shape, backward, unrounded=True))
-            if "high" in precisions(dtype, torch.device("cuda")):
+            if "high" in precisions(dtype, here):
                 found += [Job(shape, backward, also, "high") for also in (False, True)]
     return found
 
