@@ -14,7 +14,7 @@ from torch import Tensor
 from . import blocked_calls
 
 LARGEST_HEAD_DIM = 256
-TESTED = (("NVIDIA H200", (9, 0), "3.6.0"),)
+TESTED = (("NVIDIA H100", (9, 0), "3.6.0"), ("NVIDIA H200", (9, 0), "3.6.0"))
 """(card, compute capability, Triton) that the GPU tests were run on."""
 
 KNOWN_BAD: tuple[tuple[tuple[int, int], str, str, str], ...] = ()
