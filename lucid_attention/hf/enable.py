@@ -75,8 +75,8 @@ def enable(
             Smaller ones let keys answer for keys that are less alike; towards 0 the values are
             differences, `y_n = v_n - v_(n-1)`, whatever the keys.
         precision: of the preconditioner, as for `lucid_attention.precondition`, where it has its price: later chunks of a
-            prompt are computed in float32 with "high", and the few tokens of a decoding step on a GPU as with
-            "default". It is not saved.
+            prompt (and all of it in a static cache within a graph) are computed in float32 with "high", the few
+            tokens of a decoding step on a GPU as with "default". It is not saved.
         impl: of the preconditioner, as for `lucid_attention.precondition`. It is not saved.
 
     Returns:

@@ -68,7 +68,7 @@ def precondition(
             128, 5e-3 before ``Y`` itself is rounded (which ``out_dtype=torch.float32`` spares it). ``"high"`` takes
             them in two halves, 6e-4 there, for 1.1 to 1.6 times the time forward and 1.1 to 2.1 times backward where
             Hopper's own kernels serve (head sizes above 32, mostly with ``value_dim`` alike; no ``past``); other
-            calls are then computed in float32, several times slower. Wider inputs and the other implementations
+            calls are then computed in float32, at a tenth of the speed or less. Wider inputs and the other implementations
             have more precision than either. It has nothing to do with PyTorch's setting for float32 products.
         impl: ``"auto"`` takes the GPU kernels where they run (CUDA, compute capability 8.0, Triton
             3.4, float16/bfloat16/float32, head sizes up to 256) and ``"blocked"`` elsewhere, and for

@@ -54,7 +54,7 @@ COLUMNS = {64: 128, 128: 128, 256: 64}
 """Rows of a column tile, by the wider of keys' and values' tiles; up to 128, 64 of them with twice the stages
 were 1 to 30 % slower on every shape. At 256 there is no room for more."""
 HALVES_COLUMNS = 64
-"""The same with ``P`` in two halves: at 128 columns there are no registers for more, at 64 more gain 3 % at most."""
+"""The same with ``P`` in two halves: at 128 columns there are no registers for more, at 64 more gain 4 % at most forward, and lose as much backward."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
 
 
