@@ -312,7 +312,7 @@ def hopper_toward(run: Run, strength: Any) -> None:
         ),
         lambda: {
             "D": D, "E": E, "M": COLUMNS,
-            "STAGES": 4 if room >= 4 else min(room, 2),
+            "STAGES": 4 if room >= 4 else min(room, 2),  # powers of two: `place_in`
             "PACKED": geometry.packed, "num_warps": 4,
         },
     )  # fmt: skip

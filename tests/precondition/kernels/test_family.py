@@ -97,3 +97,5 @@ def test_memory(width: int, high: bool) -> None:
     ):
         zeros, scratch = parts._sizes
         assert zeros + scratch <= times * value
+    if 64 < width <= 96 and not high:  # the sums have no columns of zeros
+        assert zeros + scratch <= 6.2 * value

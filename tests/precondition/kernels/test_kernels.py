@@ -173,9 +173,8 @@ def test_high_precision_of_other_layouts(case: str, device: str) -> None:
         leaves.append(torch.randn(1, 1, 70, 12, device=device, requires_grad=True))
     exact = run(widened(leaves), "reference", **options)
     for g, e in zip(run(leaves, "triton", **options), exact, strict=True):
-        assert (
-            relative_error(g, e) < 1.2e-3
-        )  # what rounding Y, its gradient and the results to float16 makes
+        # What rounding Y, its gradient and the results to float16 makes.
+        assert relative_error(g, e) < 1.2e-3
 
 
 @pytest.mark.parametrize("kind", HARD_KEYS)
