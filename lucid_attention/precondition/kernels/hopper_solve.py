@@ -8,6 +8,7 @@ precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks o
   it still only waits for smaller tickets: no deadlock.
 * The loading warp takes the tickets, waits for the chain and copies tiles into two rings of
   shared memory. Keys are copied before the wait for the solution that goes with them.
+* Values of two bytes go to shared memory while the sweep runs, without registers (``ASYNC``), if rows come in words of four.
 * Each group of four warps owns half of the block's rows. It never waits for the other in the loop:
   the tensor core computes the next similarities and adds up the last product while the
   exponentials are taken. Only the block's own inverse needs the other half, once, at the end.
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -45,7 +47,7 @@ from .hopper_tiles import (
     stores_done,
     wait_for,
 )
-from .plan import ROUND, SHIFT_FORWARD, WIDE_ROUND, in_units, rounds
+from .plan import ROUND, SHIFT_FORWARD, WIDE_ROUND, in_units, in_words, rounds
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -210,12 +212,12 @@ def _rows_at(base, stride, width, at, end, UNIT: gl.constexpr, E: gl.constexpr, 
 
 
 @gluon.jit
-def _load_rows(base, stride, width, Mask, batch, length, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """64 rows of values, 0 where there is no token."""
+def _values_at(base, stride, width, Mask, batch, length, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Pointers to 64 rows of values, and which of their entries belong to a token."""
     pointers, row, live, inside = _rows_at(base, stride, width, at, end, UNIT, E, layout)
     if Mask is not None:
         live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
-    return gl.load(pointers, mask=live[:, None] & inside, other=0.0)
+    return pointers, live[:, None] & inside
 
 
 @gluon.jit
@@ -234,7 +236,7 @@ def _compute(
     heads, blocks, length, value_width, headroom, c2, shift,
     GROUP: gl.constexpr, M: gl.constexpr, PACKED: gl.constexpr,
     REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
-    E: gl.constexpr,
+    ASYNC: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block.
 
@@ -258,6 +260,7 @@ def _compute(
     PACKED_OUT: gl.constexpr = Y.dtype.element_ty.primitive_bitwidth == 16
     # There are no registers then to hold values while the last products run: they wait in shared memory.
     DELAYED: gl.constexpr = PACKED_IN and TIGHT
+    given = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout) if PACKED_IN else mine
     nothing = gl.zeros([64, M], gl.float32, product)
     key_slot = 0
     key_phase = 0
@@ -278,6 +281,22 @@ def _compute(
             n = _read(note, 5)
         else:
             n = (block - first) * PER
+
+        batch = as_long(chain // heads)
+        head = as_long(chain % heads)
+        entry = chain * blocks + first
+        values = Value + (batch * as_long(value_b) + head * as_long(value_h)) * UNIT
+        bad = gl.load(Bad + entry)
+        largest = gl.load(Largest + entry)
+        if Strength is not None:
+            given_strength = gl.load(Strength + head)
+        if ASYNC:
+            # What the last product's sum is taken from: its place is free since the block before was announced.
+            pointers, there = _values_at(
+                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
+            )
+            async_copy.async_copy_global_to_shared(given, pointers, there)
+            async_copy.commit_group()
 
         # Tile i + 1's exponentials are taken while tile i's product with the solution runs. The
         # assembler moves nothing across a wait for a barrier, but much across a wait for a
@@ -334,34 +353,34 @@ def _compute(
             mbarrier.arrive(own_empty, count=1)
 
         # What the last tile needs but does not have to wait for.
-        batch = as_long(chain // heads)
-        head = as_long(chain % heads)
-        entry = chain * blocks + first
-        bad = gl.load(Bad + entry)
-        values = Value + (batch * as_long(value_b) + head * as_long(value_h)) * UNIT
         if PACKED_IN:
-            v = _load_rows(
-                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
-            )
-            place = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout)
-            if DELAYED:  # noqa: SIM102 (one is known to the compiler, the other is not)
-                if bad > 0:
-                    v = gl.where(gl.abs(v.to(gl.float32)) < float("inf"), v, 0.0)
-            place.store(v)
+            if ASYNC:
+                async_copy.wait_group(0)
+                gl.thread_barrier()  # what other threads copied
+            else:
+                pointers, there = _values_at(
+                    values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
+                )
+                v = gl.load(pointers, mask=there, other=0.0)
+                if DELAYED:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                    if bad > 0:
+                        v = gl.where(gl.abs(v.to(gl.float32)) < float("inf"), v, 0.0)
+                given.store(v)
             if not DELAYED:
-                v = place.load(sums)
+                v = given.load(sums)
         else:
-            v = _load_rows(
+            pointers, there = _values_at(
                 values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, sums
             )
+            v = gl.load(pointers, mask=there, other=0.0)
         row = at + gl.arange(0, 64, gl.SliceLayout(1, sums))
         live = row < end
         if Mask is not None:
             live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
         strength = 1.0
         if Strength is not None:
-            strength = gl.load(Strength + head).to(gl.float32)
-        exponent = range_exponent(gl.load(Largest + entry), headroom)
+            strength = given_strength.to(gl.float32)
+        exponent = range_exponent(largest, headroom)
         factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)
 
         quadrants = inverse
@@ -390,7 +409,7 @@ def _compute(
             mbarrier.wait(inverse_full, turn)
         acc = warpgroup_mma_wait(0, deps=[acc])
         if DELAYED:
-            v = place.load(sums).to(gl.float32) * power_of_two(exponent)
+            v = given.load(sums).to(gl.float32) * power_of_two(exponent)
         y = v - acc * factor[:, None]
         mine.store(y.to(gl.float16))
         fence_async_shared()
@@ -420,13 +439,13 @@ def _compute(
         stores_done(block)
         gl.thread_barrier()
         gl.atomic_add(Done + entry, 1, sem="release")
-        if TIGHT:
-            mbarrier.arrive(solution_empty.index(before), count=1)
         if n > 0:
             for _ in gl.static_range(PER):
                 mbarrier.arrive(solution_empty.index(slot), count=1)
                 slot, phase = _step(slot, phase, solution.shape[0])
-        if not TIGHT:
+        if TIGHT:
+            mbarrier.arrive(solution_empty.index(before), count=1)
+        else:
             mbarrier.arrive(inverse_empty, count=1)
 
         y = y * power_of_two(-exponent)
@@ -459,7 +478,7 @@ def hopper_solve_kernel(
     value_width, value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr,
-    UNIT: gl.constexpr,
+    UNIT: gl.constexpr, ASYNC: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best one for each multiprocessor.
 
@@ -515,7 +534,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                0, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, E,
+                0, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, ASYNC, E,
             )),
             (_compute, (
                 Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
@@ -524,7 +543,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty, right_full, right_empty,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                1, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, E,
+                1, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, ASYNC, E,
             )),
             (_loader, (
                 KhTile, YhTile, TTile, Blocks, Done, Ticket,
@@ -573,6 +592,6 @@ def hopper_solve(
         lambda: {
             "D": D, "E": E, "M": columns, "STAGES": min(4, (_SHARED - fixed) // (columns * (D + E) * 2)),
             "PACKED": geometry.packed, "REVERSED": transposed, "TIGHT": tight,
-            "HALVES": call.halves, "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "num_warps": 4,
+            "HALVES": call.halves, "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "ASYNC": not tight and in_words(value, call.value_width, units()[0]), "num_warps": 4,
         },
     )  # fmt: skip

@@ -137,6 +137,15 @@ def in_units(*lengths: int) -> tuple[int, list[int]]:
     return unit, [length // unit for length in lengths]
 
 
+def in_words(tensor: Tensor, width: int, unit: int) -> bool:
+    """Whether the compiler knows that rows of ``width`` two-byte entries come in words of four bytes or more.
+
+    Such rows can be copied to shared memory without passing through registers. ``unit``: see `in_units`.
+    """
+    known = unit > 1 or all(length % 16 == 0 for length in (width, *tensor.stride()[:-1]))
+    return tensor.element_size() == 2 and known and tensor.data_ptr() % 16 == 0
+
+
 class Geometry:
     """The chains of a call: dense ``(batch, heads, seq, ..)`` or packed ``(total, heads, ..)``."""
 

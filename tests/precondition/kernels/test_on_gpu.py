@@ -275,6 +275,41 @@ def test_more_blocks_than_the_card_holds(
         assert relative_error(g[5:6, 3:4], e) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("width", "value_width", "late", "precision"),
+    [
+        (64, 64, False, "default"), (64, 64, True, "default"), (68, 68, False, "default"), (128, 128, False, "default"),
+        (128, 64, False, "default"), (256, 256, False, "default"), (64, 64, False, "high"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("programs", [1, 3, 64])
+def test_any_number_of_programs(
+    programs: int, packed: bool, width: int, value_width: int, late: bool, precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One program alone finishes all blocks in order; whoever takes a block, it has the same bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's own kernels need a Hopper card")
+    kernels = "lucid_attention.precondition.kernels.hopper_"
+    adjoint, solve = (importlib.import_module(kernels + name) for name in ("adjoint", "solve"))
+    monkeypatch.setattr(adjoint, "LATE_FROM", 0 if late else 1 << 30)
+    monkeypatch.setattr(plan, "_calls", {})  # the number of programs is kept with a call
+    leaves = operands("cos0.8", 1, 5, 1100, width, value_width=value_width, dtype=BRAIN, device="cuda")  # fmt: skip
+    options: dict[str, Any] = {"precision": precision, "learned": True}
+    if packed:
+        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
+        options["offsets"] = pack((5, 0, 129, 1, 600, 0, 365)).cuda()
+    leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
+    expected = run(leaves, "triton", **options)
+    monkeypatch.setattr(plan, "_calls", {})
+    for module in (adjoint, solve):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
+    for _ in range(2):
+        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
+            assert torch.equal(g, e)
+
+
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_nan_stays_where_it_is(place: str, width: int) -> None:

@@ -278,3 +278,23 @@ def test_offsets_that_nobody_checked_reach_no_foreign_memory(wrong: list[int]) -
     first, count = found[0], found[1]
     written = count > 0
     assert (first[written] >= 0).all() and (first + count)[written].max() <= 60
+
+
+def test_rows_that_come_in_words() -> None:
+    """Copies past the registers move four bytes at least: what the compiler knows of rows must promise that."""
+    x = torch.zeros(2, 3, 5, 80, dtype=torch.bfloat16)
+
+    def in_words(tensor: Tensor, *others: int) -> bool:
+        width = tensor.shape[-1]
+        unit, _ = plan.in_units(width, *tensor.stride()[:-1], *others)
+        return plan.in_words(tensor, width, unit)
+
+    assert in_words(x) and in_words(x[..., :66]) and in_words(x[:, :, :, :64], 33)
+    assert (
+        in_words(x.half()) and in_words(x[:, :, :1]) and in_words(x[:1, :1, :1].expand(2, 3, 5, 80))
+    )
+    assert not in_words(x[..., :65])  # half a word at the end
+    assert not in_words(x[..., :66], 33)  # entry by entry, for the other operand's sake
+    assert not in_words(x[..., 1:65])  # an address in the middle of a word
+    assert not in_words(torch.zeros(2, 3, 5, 67, dtype=torch.bfloat16)[..., :66])
+    assert not in_words(x.float())
