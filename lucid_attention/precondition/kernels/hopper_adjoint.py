@@ -168,9 +168,8 @@ def _group(
     SUM: gl.constexpr = Strength is not None
     ticket = 0
     tile = 0
-    # Of two tiles a block all counts are even between blocks: a T's number and its tile's are both odd or both even.
-    behind = 0  # uses behind tiles
-    lead = 0  # pushes, in parts of a block, ahead of tiles
+    use = 0
+    push = 0
     wait_for_note(told, ticket)
     slot = read_note(note, ticket, 0, 4)
     while slot >= 0:
@@ -217,15 +216,14 @@ def _group(
             s = similarity(keys.index(W + anew()), key_ring, key_full, tile, True)
             if LATE:
                 s, acc, toward, total = sweep_tile(
-                    s, acc, toward, total, tile, tile, lead, sweep > 1, 0,
+                    s, acc, toward, total, tile, use, push, sweep > 1, 0,
                     keys, solution, key_ring, grad_ring, pieces, staging,
                     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
                     W, True, False, False, True, False, TAIL,
                 )  # fmt: skip
-            stop = tile + sweep
-            for at in range(tile + LATE, stop):
+            for step in range(LATE, sweep):
                 s, acc, toward, total = sweep_tile(
-                    s, acc, toward, total, at, at - behind, lead, at + 1 < stop, 0,
+                    s, acc, toward, total, tile + step, use + step, push + step, step + 1 < sweep, 0,
                     keys, solution, key_ring, grad_ring, pieces, staging,
                     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
                     W, True, False, False, LATE, True, TAIL,
@@ -233,9 +231,8 @@ def _group(
             warpgroup_mma_wait(0, deps=[s])
             if LATE:
                 last_half(
-                    tile + sweep - 1,
-                    tile + sweep - 1,
-                    lead,
+                    use + sweep - 1,
+                    push + sweep - 1,
                     keys,
                     pieces,
                     staging,
@@ -250,6 +247,8 @@ def _group(
         # What the block's end needs but does not have to wait for.
         # The block's place is found once more from here on: the sweep has no registers for what it does not need.
         tile += sweep
+        use += sweep
+        push += sweep
         slot = read_note(note, ticket + anew(), 0, 4)
         sequence = read_note(note, ticket + anew(), 1, 4)
         first_row = read_note(note, ticket + anew(), 3, 4)
@@ -299,9 +298,6 @@ def _group(
                 if PARTS == 2:
                     mbarrier.arrive(empty.index((tile + 1) % USED))
                 tile += PARTS
-                lead -= 1
-                if PARTS == 1:
-                    behind += 1
 
         pairs = 0.0
         if SUM:  # of all pairs with later blocks: sum_ji y_j . P_ij dV_i
@@ -365,7 +361,7 @@ def _group(
             if SUM:  # not a constant: products that are known to count would be added unrounded, other than below
                 edge += anew()
             s, acc, toward, total = sweep_tile(
-                s, acc, toward, total, tile, tile, lead, False, edge,
+                s, acc, toward, total, tile, use, push, False, edge,
                 keys, solution, key_ring, grad_ring, pieces, staging,
                 key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
                 W, False, True, SUM, True, False, TAIL,
@@ -375,7 +371,7 @@ def _group(
                 inner = step - (tiles - PARTS)
                 edge = gl.where(inner < 0, 128, (PARTS - 1 - inner) * M - 64 * W)
                 s, acc, toward, total = sweep_tile(
-                    s, acc, toward, total, tile + step, tile + step - behind, lead, step + 1 < tiles, edge,
+                    s, acc, toward, total, tile + step, use + step, push + step, step + 1 < tiles, edge,
                     keys, solution, key_ring, grad_ring, pieces, staging,
                     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
                     W, False, True, SUM, False, True, TAIL,
@@ -383,36 +379,25 @@ def _group(
         warpgroup_mma_wait(0, deps=[s])
         if LATE:
             last_half(
-                tile,
-                tile,
-                lead,
-                keys,
-                pieces,
-                staging,
-                t_full,
-                o_full,
-                o_empty,
-                unscale,
-                M,
-                W,
-                TAIL,
+                use, push, keys, pieces, staging, t_full, o_full, o_empty, unscale, M, W, TAIL
             )
         mbarrier.arrive(own_empty)
         tile += tiles
+        use += tiles
+        push += tiles
         toward = toward * unscale
         if D == 64:
-            hand_over(toward, staging, o_full, o_empty, tile, lead, W, PARTS)
+            hand_over(toward, staging, o_full, o_empty, push, W)
         else:
             first, second = halves(toward)
-            hand_over(first, staging, o_full, o_empty, tile, lead, W, PARTS)
-            second = first_columns(second, TAIL)
-            hand_over(second, staging, o_full, o_empty, tile + 1, lead, W, PARTS)
+            hand_over(first, staging, o_full, o_empty, push, W)
+            hand_over(first_columns(second, TAIL), staging, o_full, o_empty, push + 1, W)
         if Strength is not None:
             pairs = (pairs + gl.sum(total, axis=0)) * unscale * power_of_two(-exponent)
             pairs *= power_of_two(-range_exponent(gl.load(LargestSolution + sequence), 0))
             gl.store(StrengthSum + slot * 2 + W, gl.where(spoiled, float("nan"), -pairs))
         mbarrier.arrive(noted.index(ticket & 1))
-        lead += 1
+        push += D // 64
         ticket += 1
         wait_for_note(told, ticket)
         slot = read_note(note, ticket, 0, 4)

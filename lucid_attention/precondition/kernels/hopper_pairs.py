@@ -29,13 +29,9 @@ def buffer_of(staging, push, W: gl.constexpr):
 
 
 @gluon.jit
-def claim(staging, o_empty, tile, lead, W: gl.constexpr, PARTS: gl.constexpr):
-    """The buffer for a group's part of push ``tile + PARTS lead``, once the adder has read what was there."""
-    if PARTS == 2:  # tiles are even where pushes are: what is known of the one holds for the other
-        at = (2 * tile + W) & 3
-        phase = ((tile >> 1) + lead) & 1
-    else:
-        at, phase = buffer_of(staging, tile + lead, W)
+def claim(staging, o_empty, push, W: gl.constexpr):
+    """The buffer for a group's part of a push, once the adder has read what was there."""
+    at, phase = buffer_of(staging, push, W)
     mbarrier.wait(o_empty.index(at), phase ^ 1)
     return at
 
@@ -48,9 +44,9 @@ def put(x, staging, at):
 
 
 @gluon.jit
-def hand_over(x, staging, o_full, o_empty, tile, lead, W: gl.constexpr, PARTS: gl.constexpr):
-    """Give a tile of 64 rows to the adder of push ``tile + PARTS lead``."""
-    at = claim(staging, o_empty, tile, lead, W, PARTS)
+def hand_over(x, staging, o_full, o_empty, push, W: gl.constexpr):
+    """Give a tile of 64 rows to the adder of the push."""
+    at = claim(staging, o_empty, push, W)
     put(x, staging, at)
     fence_async_shared()
     mbarrier.arrive(o_full.index(at))
@@ -87,16 +83,16 @@ def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr, TAIL:
 
 
 @gluon.jit
-def last_half(tile, use, lead, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
+def last_half(use, push, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
     """What the last of several ``sweep_tile`` leaves to do."""
     mbarrier.wait(t_full, use & 1)
     o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W, TAIL)])
-    hand_over(o * unscale, staging, o_full, o_empty, tile, lead, W, 128 // M)
+    hand_over(o * unscale, staging, o_full, o_empty, push, W)
 
 
 @gluon.jit
 def sweep_tile(
-    s, acc, toward, total, tile, use, lead, more, edge,
+    s, acc, toward, total, tile, use, push, more, edge,
     keys, solution, key_ring, grad_ring, pieces, staging,
     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
     W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
@@ -104,8 +100,7 @@ def sweep_tile(
 ):  # fmt: skip
     """One tile of columns; its ``S`` is under way, and so is the next one's on return.
 
-    ``tile`` and ``use`` count, from the program's first one on, tiles and those with a T (of which the lowest bit matters);
-    what the tile gives to the adders is push ``tile + PARTS lead``.
+    ``tile``, ``use`` and ``push`` count, from the program's first tile on, tiles, those with a T, and what was given to the adders.
 
     ``LATE``: with the next tile, or in ``last_half``, comes the tile's ``O``, for which both groups' T is
     needed: then they may be up to a tile apart and fill each other's gaps. ``FOLLOWS``: there is a
@@ -160,7 +155,7 @@ def sweep_tile(
         pieces.index(place + 1).store(t2)
     if LATE and FOLLOWS:
         o = warpgroup_mma_wait(2, deps=[o])
-        at = claim(staging, o_empty, tile - 1, lead, W, 128 // M)
+        at = claim(staging, o_empty, push - 1, W)
         put(o * unscale, staging, at)  # one fence for both: it takes a tenth of a tile's time
     fence_async_shared()
     mbarrier.arrive(t_full)
@@ -177,5 +172,5 @@ def sweep_tile(
         s = similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
         o, toward = warpgroup_mma_wait(1, deps=[o, toward])
         mbarrier.arrive(empty.index(used))
-        hand_over(o * unscale, staging, o_full, o_empty, tile, lead, W, 128 // M)
+        hand_over(o * unscale, staging, o_full, o_empty, push, W)
     return s, acc, toward, total
