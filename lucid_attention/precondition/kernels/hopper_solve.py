@@ -8,7 +8,7 @@ precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks o
   it still only waits for smaller tickets: no deadlock.
 * The loading warp takes the tickets, waits for the chain and copies tiles into two rings of
   shared memory. Keys are copied before the wait for the solution that goes with them.
-* Values of two bytes go to shared memory while the sweep runs, without registers (``ASYNC``), if rows come in words of four.
+* Values of two bytes go to shared memory while the sweep runs, without registers (``ASYNC``), if rows come in words of four bytes.
 * Each group of four warps owns half of the block's rows. It never waits for the other in the loop:
   the tensor core computes the next similarities and adds up the last product while the
   exponentials are taken. Only the block's own inverse needs the other half, once, at the end.
@@ -291,7 +291,8 @@ def _compute(
         if Strength is not None:
             given_strength = gl.load(Strength + head)
         if ASYNC:
-            # What the last product's sum is taken from: its place is free since the block before was announced.
+            # What the last product's sum is taken from. In its place each thread still reads results of the block before, at most
+            # those that it overwrites itself; the compiler puts a barrier between, too.
             pointers, there = _values_at(
                 values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
             )
