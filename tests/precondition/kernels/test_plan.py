@@ -296,5 +296,6 @@ def test_rows_that_come_in_words() -> None:
     assert not in_words(x[..., :65])  # half a word at the end
     assert not in_words(x[..., :66], 33)  # entry by entry, for the other operand's sake
     assert not in_words(x[..., 1:65])  # an address in the middle of a word
-    assert not in_words(torch.zeros(2, 3, 5, 67, dtype=torch.bfloat16)[..., :66])
+    odd = torch.zeros(2, 3, 5, 67, dtype=torch.bfloat16)
+    assert not in_words(odd[..., :66]) and not in_words(odd[..., :64])
     assert not in_words(x.float())
