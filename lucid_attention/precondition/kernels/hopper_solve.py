@@ -440,13 +440,13 @@ def _compute(
         stores_done(block)
         gl.thread_barrier()
         gl.atomic_add(Done + entry, 1, sem="release")
+        if TIGHT:
+            mbarrier.arrive(solution_empty.index(before), count=1)
         if n > 0:
             for _ in gl.static_range(PER):
                 mbarrier.arrive(solution_empty.index(slot), count=1)
                 slot, phase = _step(slot, phase, solution.shape[0])
-        if TIGHT:
-            mbarrier.arrive(solution_empty.index(before), count=1)
-        else:
+        if not TIGHT:
             mbarrier.arrive(inverse_empty, count=1)
 
         y = y * power_of_two(-exponent)
