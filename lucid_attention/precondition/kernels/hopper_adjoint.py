@@ -128,6 +128,21 @@ def _load_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, Live, slot
 
 
 @gluon.jit
+def _finite(x, spoiled):
+    """``x`` with 0 for what is not finite.
+
+    With 128 columns all of the kernel's code is more than the instruction cache holds (128 KB), and a block waits for what it
+    runs once: there this is run where something is not finite only. With 64 it takes less time than to skip it.
+    """
+    if x.shape[1] > 64:
+        if spoiled:
+            x = gl.where(gl.abs(x) < float("inf"), x, 0.0)
+    else:
+        x = gl.where(gl.abs(x) < float("inf"), x, 0.0)
+    return x
+
+
+@gluon.jit
 def _store_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, first_row, count, x, W: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     pointers, _, inside = _rows_at(base, stride, first_row, count, WIDTH, UNIT, W, E, layout)
     gl.store(pointers, x, mask=inside)
@@ -161,8 +176,9 @@ def _group(
     mask = (row < count)[:, None] & (column < WIDTH)[None, :]
     y = gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
     live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
-    y = y * power_of_two(range_exponent(gl.load(LargestSolution + sequence), 0))
-    y = gl.where(live[:, None] & (gl.abs(y) < float("inf")), y, 0.0)
+    scale = power_of_two(range_exponent(gl.load(LargestSolution + sequence), 0))
+    y = _finite(y, gl.load(Bad + sequence) > 0)
+    y = y * gl.where(live, scale, 0.0)[:, None]
     norms.index(W).store(gl.sum(y * y, axis=1))
     mbarrier.arrive(meet)
     mbarrier.wait(meet, 0)
@@ -263,7 +279,7 @@ def _group(
             Grad, grad_n, WIDTH, UNIT, Live, slot, first_row, count, W, E, accumulator(E)
         )
     r = r.to(gl.float32) * power_of_two(exponent)
-    r = gl.where(gl.abs(r) < float("inf"), r, 0.0)
+    r = _finite(r, spoiled)
     row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(E)))
     live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
     factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)

@@ -119,24 +119,13 @@ def _merged(C, first, second, exact_one, PRECISION: tl.constexpr):
     return -accumulate(below, below.to(C.dtype), first, exact_one, PRECISION).to(C.dtype)
 
 
-@triton.jit
-def _store_as_operand(place, x):
-    """Store a quadrant (64, 64) as Hopper's tensor cores take it, transposed, from registers.
-
-    A thread then reads 16 bytes for each 16 columns: ``[step, warp, row, column pair, column + 8, row + 8,
-    column]``; see ``hopper_adjoint``.
-    """
-    x = tl.permute(tl.reshape(tl.trans(x), (4, 2, 8, 4, 2, 4, 2)), (3, 0, 2, 5, 4, 1, 6))
-    tl.store(place + tl.arange(0, 4096), tl.reshape(x, (4096,)))
-
-
 @triton.jit(do_not_specialize=["heads", "chains", "blocks", "length", "reference_c"])
 def inverse_kernel(
     Key, Reference, Value, Second, Mask, Blocks, Kh, Wt, Live, Largest, LargestSecond, Bad, Strength, T,
     width, value_width, key_b, key_h, key_n, value_b, value_h, value_n, second_b, second_h, second_n,
     reference_c, heads, chains, blocks, length, c2, shift, eps, exact_one,
     D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    R: tl.constexpr, WARPS: tl.constexpr, PACKED: tl.constexpr, OPERAND: tl.constexpr,
+    R: tl.constexpr, WARPS: tl.constexpr, PACKED: tl.constexpr,
     CENTRED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs. What they exchange between steps lies in ``Kh`` and ``T``.
@@ -230,10 +219,4 @@ def inverse_kernel(
     # The last pair in two dimensions: three would give every warp the whole tile.
     first, second = tl.load(corner), tl.load(corner + 2 * H * H)
     below = _merged(P, first, second, exact_one, PRECISION)
-    if OPERAND:
-        tl.debug_barrier()
-        _store_as_operand(T, first)
-        _store_as_operand(T + H * H, below)
-        _store_as_operand(T + 2 * H * H, second)
-    else:
-        tl.store(corner + H * H, below)
+    tl.store(corner + H * H, below)

@@ -130,6 +130,11 @@ def table(run: Run, offsets: Any) -> None:
         )  # fmt: skip
 
 
+def inverts_in_shared_memory(call: Call) -> bool:
+    """Whether Hopper's own kernel prepares blocks. Tiles of 256 columns would leave room for two programs, not four."""
+    return call.hopper and max(call.key_tile, call.solution_tile) <= 128
+
+
 def prepare(
     run: Run,
     geometry: Geometry,
@@ -172,6 +177,12 @@ def prepare(
         )  # fmt: skip
         return
 
+    if inverts_in_shared_memory(call):
+        _hopper_module("inverse").hopper_inverse(
+            run, key, value, second, mask, strength, fused=fused
+        )
+        return
+
     def units() -> tuple[int, list[int]]:
         strides = (*geometry.strides(key), *geometry.strides(value), *geometry.strides(second))
         return in_units(call.width, call.value_width, *strides)
@@ -184,7 +195,7 @@ def prepare(
         ),
         lambda: (*units()[1], rows, *geometry.sizes, call.c2, call.shift(0), KEY_EPS, 1.0),
         lambda: {
-            **shared(), **call.exact, "OPERAND": fused, "UNIT": units()[0],
+            **shared(), **call.exact, "UNIT": units()[0],
             "WARPS": INVERSE_WARPS, "num_warps": INVERSE_WARPS,
             "maxnreg": INVERSE_REGISTERS.get(call.key_width),
         },
