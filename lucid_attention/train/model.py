@@ -100,7 +100,9 @@ def build_model(
         # Of a LUCID checkpoint it is part of what was learnt.
         scale = (getattr(model.config, "lucid", None) or {}).get("kernel_scale")
     try:
-        enable(model, layers=layers, strength=strength, kernel_scale=scale)
+        enable(
+            model, layers=layers, strength=strength, kernel_scale=scale, precision=config.solve_precision
+        )  # fmt: skip
     except ValueError as error:
         raise TrainError(str(error)) from None
     return model

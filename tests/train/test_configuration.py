@@ -50,6 +50,8 @@ def test_sizes_follow_from_the_dial() -> None:
         ({"strength_steps": 1.5}, "strength_steps: expected a whole number"),
         ({"attention": "softmax", "strength": 0.5}, "strength: softmax attention has none"),
         ({"attention": "softmax", "kernel_scale": 0.5}, "kernel_scale: softmax attention has none"),
+        ({"solve_precision": "highest"}, "solve_precision: expected one of default, high, got 'highest'"),
+        ({"attention": "softmax", "solve_precision": "high"}, "solve_precision: softmax attention has none"),
         ({"kernel_scale": 0}, "kernel_scale: expected a number above 0, got 0"),
         ({"kernel_scale": "wide"}, "kernel_scale: expected a number above 0, got 'wide'"),
         ({"lucid_layers": (9,)}, "lucid_layers: expected indices below 8, got 9"),

@@ -17,6 +17,7 @@ from lucid_attention.train.cost import flops_per_token, parameters, peak_flops
 from lucid_attention.train.model import build_model, use_fused_layers, use_fused_loss
 from lucid_attention.train.text import train_tokenizer
 from lucid_attention.train.tokens import Rows, Tokens
+from tests.conftest import Asked
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {"text": "x", "layers": 2, "width": 48, "heads": 4, "kv_heads": 2, "head_dim": 18, "length": 64}  # fmt: skip
@@ -103,6 +104,18 @@ def test_kernel_scales(tmp_path: Path) -> None:
     for asked, expected in ((None, 0.2), (0.5, 0.5)):
         config = TrainConfig(text="x", init_from=str(tmp_path), kernel_scale=asked)
         assert build_model(config, 50, seed=0).config.lucid["kernel_scale"] == expected
+
+
+def test_solve_precision() -> None:
+    """Forward and backward; it is the training's, not the checkpoint's."""
+    for precision in ("default", "high"):
+        model = build_model(small(solve_precision=precision), 50, seed=0)
+        with Asked() as asked:
+            loss = model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None]).loss
+            loss.backward()
+        assert asked.precisions.keys() >= {"precondition", "precondition_backward"}
+        assert all(given == {precision} for given in asked.precisions.values())
+        assert "precision" not in model.config.lucid
 
 
 def test_from_a_checkpoint(tmp_path: Path) -> None:

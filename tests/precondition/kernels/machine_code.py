@@ -5,7 +5,7 @@
 takes (head size, value size, length, Hopper's own kernels or the portable ones, which of the former's two
 schedules, for head sizes up to 64: as for many blocks or for few, and the precision), or "decode" and `compile_decode`'s arguments, and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, whether the assembler gave
-up on running products beside other work, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
+up on running products beside other work, how long its code is, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
 """
 
 from __future__ import annotations
@@ -245,12 +245,14 @@ def main() -> None:
             compile_all(*job)
         for kernel in COMPILED:
             own = kernel.name.startswith("hopper")
+            code = machine_code(kernel.kernel)
             report.append(
                 {
                     "job": job,
                     "kernel": kernel.name,
-                    "products": machine_code(kernel.kernel).count("HGMMA"),
-                    "spoiled": spoiled(machine_code(kernel.kernel), copies_only=own),
+                    "products": code.count("HGMMA"),
+                    "bytes": 16 * sum(1 for _ in _instructions(code)),
+                    "spoiled": spoiled(code, copies_only=own),
                     "serialised": own and serialised(kernel.asm["ptx"]),
                     "single": len(re.findall(r"(?:ld|st)\.global\S*\.b16", kernel.asm["ptx"])),
                 }
