@@ -62,8 +62,15 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     one_sweep = sizes[1] <= sizes[0] <= 128
     assert ("hopper_adjoint_kernel" in names) == one_sweep
     assert ("hopper_toward_kernel" in names) == (not one_sweep)
+    assert ("hopper_inverse_kernel" in names) == (max(sizes) <= 128)
+    assert ("inverse_kernel" in names) == (max(sizes) > 128)
     assert not names & {"solve_kernel", "adjoint_kernel", "toward_kernel"}
     assert [line for line in found if line["spoiled"] or line["serialised"]] == []
+    # What the instruction cache holds; a strength adds some 9 KB to the adjoint.
+    sizes_of = {
+        line["kernel"]: line["bytes"] for line in reversed(found)
+    }  # first builds: without one
+    assert {name for name, size in sizes_of.items() if size > 128 * 1024} == set()
     # Rows of 68 begin at multiples of 8 bytes only; one entry at a time costs five times as long.
     assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
 
