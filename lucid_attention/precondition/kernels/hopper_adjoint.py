@@ -178,6 +178,7 @@ def _group(
     live = gl.load(Live + slot.to(gl.int64) * 128 + row) != 0
     scale = power_of_two(range_exponent(gl.load(LargestSolution + sequence), 0))
     y = _finite(y, gl.load(Bad + sequence) > 0)
+    # Where there is no token, the solve wrote 0.
     y = y * gl.where(live, scale, 0.0)[:, None]
     norms.index(W).store(gl.sum(y * y, axis=1))
     mbarrier.arrive(meet)

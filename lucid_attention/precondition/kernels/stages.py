@@ -131,7 +131,7 @@ def table(run: Run, offsets: Any) -> None:
 
 
 def inverts_in_shared_memory(call: Call) -> bool:
-    """Whether Hopper's own kernel prepares blocks. Tiles of 256 columns would leave room for two programs, not four."""
+    """Whether Hopper's own kernel prepares blocks. Tiles of 256 columns would leave room for three programs, not four."""
     return call.hopper and max(call.key_tile, call.solution_tile) <= 128
 
 

@@ -11,9 +11,19 @@ from torch import Tensor
 from tests.conftest import HARD_KEYS, make_keys
 from tests.precondition.test_definition import pack
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_hopper")]
 WIDTHS = [(64, 64), (128, 128), (68, 68), (100, 56), (64, 128), (96, 96), (33, 33)]
 Given = dict[str, Any]
+
+
+@pytest.fixture
+def _hopper() -> None:
+    from lucid_attention.precondition.kernels.family import has_hopper_kernels
+
+    if not has_hopper_kernels(torch.device("cuda")):
+        pytest.skip(
+            "needs a Hopper card and Triton 3.6: elsewhere the portable kernel prepares all blocks"
+        )
 
 
 def as_tiles(operand: Tensor) -> Tensor:
@@ -34,6 +44,7 @@ def prepared(
     prepare = stages.prepare
 
     def noting(run: Any, geometry: Any, at: Any, *args: Any, **options: Any) -> None:
+        assert stages.inverts_in_shared_memory(run.call) == hopper
         prepare(run, geometry, at, *args, **options)
         names = ("keys", "live", "largest", "bad", "inverse", "largest_second", "table")
         parts = {name: getattr(at, name, None) for name in names}
@@ -53,7 +64,7 @@ def prepared(
         rest = given["strength"], given["mask"], None, key.shape[-1] ** -0.5
         packed = given["offsets"], 0 if given["offsets"] is None else key.shape[0]
         launch._solve(key, value, *packed, *rest)
-        launch._adjoint(grad, key, value, *packed, *rest)
+        launch._adjoint(grad, key, value, *packed, *rest)  # any Y will do
     return found
 
 
@@ -88,7 +99,7 @@ def compare(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("live", "largest", "bad", "largest_second"):
             assert (got[name] is None) == (other[name] is None)
             assert got[name] is None or torch.equal(got[name], other[name]), name
-        # The portable kernel adds up squares in two pieces beyond 64 columns: now and then the other neighbour.
+        # The portable kernel adds up squares of 65 to 96 columns in two pieces: now and then the other neighbour.
         keys, others = got["keys"].double(), other["keys"].double()
         assert ((keys - others).abs() <= 2.0**-10 * others.abs()).all()
         assert (keys != others).double().mean() <= 1e-3
@@ -100,9 +111,12 @@ def compare(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
             # Where there is no token nothing is promised: right-hand sides are 0 there.
             there = ((first, first), (second, first), (second, second))
             there = torch.stack([a[:, :, None] * b[:, None, :] for a, b in there], 1)
-            errors.append(((tiles.double() - exact) * there).norm().item())
+            errors.append((tiles.double() - exact) * there)
         assert inverse.isfinite().all()
-        assert errors[0] <= 1.05 * errors[1] + 1e-6, errors
+        assert errors[0].norm() <= 1.05 * errors[1].norm() + 1e-6
+        # No quadrant is worse, and no entry: at most twice the portable kernel's, and a rounding of what is largest there.
+        worst, allowed, largest = (x.abs().amax((2, 3)) for x in (*errors, exact))
+        assert (worst <= 2 * allowed + 2.0**-10 * largest).all()
         assert not inverse[:, ::2].double().triu().any()
 
 
@@ -137,35 +151,50 @@ def test_hard_keys(kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS)
 @pytest.mark.parametrize(
-    "case", ["strength", "masked", "packed", "strided", "wide", "not finite", "loud"]
-)
+    "case",
+    [
+        "strength", "masked", "packed", "strided", "wide gradient", "wide", "not finite", "masked, not finite",
+        "packed, not finite", "overflowing", "loud",
+    ],
+)  # fmt: skip
 def test_cases(case: str, width: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = given_for(width, value_width, 700)
     key, value, grad = given["key"], given["value"], given["grad"]
     if case == "strength":
         given["strength"] = torch.tensor([0.0, 0.4, 1.0], device="cuda")
-    elif case == "masked":
+    if "masked" in case:
         given["mask"] = torch.rand(2, 700, device="cuda") > 0.3
-        key[:, :, ::7] = float("nan")  # some of them at padding, where they must not matter
+        key[:, :, ::7] = float("nan")  # at padding, where they must not matter
         given["mask"][:, ::7] = False
-    elif case == "packed":
+        given["mask"][:, [3, 5, 128, 300, 699]] = True
+    if "not finite" in case:
+        key[0, 0, 3, 1], key[1, 2, 699, 0] = float("inf"), float("nan")
+        value[0, 1, 300, -1], value[1, 1, 5, 0] = float("nan"), -float("inf")
+        grad[1, 0, 128, 2] = float("nan")
+    if (
+        case == "overflowing"
+    ):  # its square is not finite: such a key is 0, and nothing is wrong with its sequence
+        key[0, 1, 200] = 1e30
+    if case == "loud":  # one entry that is some hundred times as large as the others, anywhere
+        value[0, 0, 77, -1], value[1, 2, 640, 0] = -500.0, 300.0
+        grad[0, 2, 699, 3] = -2000.0
+    if case in ("wide", "wide gradient"):
+        given["grad"] = grad.float()
+    if (
+        case == "wide"
+    ):  # as a chunk's right-hand sides after a past, and as Y that was asked for in float32
+        given["value"] = value.float()
+    if "packed" in case:
         for name in ("key", "value", "grad"):
-            given[name] = given[name][0].transpose(0, 1).contiguous()
+            given[name] = given[name][1].transpose(0, 1).contiguous()
         given["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
-    elif case == "strided":
+        if case == "packed":
+            given["strength"] = torch.tensor([0.0, 0.4, 1.0], device="cuda")
+    if case == "strided":
         for name in ("key", "value", "grad"):
             wide = torch.full(
                 (2, 700, 3, given[name].shape[-1] + 3), 1e30, device="cuda"
             ).bfloat16()
             wide[..., 1:-2] = given[name].transpose(1, 2)
             given[name] = wide[..., 1:-2].transpose(1, 2)
-    elif case == "wide":
-        given["grad"] = grad.float()
-    elif case == "not finite":
-        key[0, 0, 3, 1], key[1, 2, 699, 0] = float("inf"), float("nan")
-        value[0, 1, 300, -1], value[1, 1, 5, 0] = float("nan"), -float("inf")
-        grad[1, 0, 128, 2] = float("nan")
-    elif case == "loud":  # one entry that is some hundred times as large as the others, anywhere
-        value[0, 0, 77, -1], value[1, 2, 640, 0] = -500.0, 300.0
-        grad[0, 2, 699, 3] = -2000.0
     compare(given, monkeypatch)
