@@ -131,8 +131,8 @@ def _load_rows(base, stride, WIDTH: gl.constexpr, UNIT: gl.constexpr, Live, slot
 def _finite(x, spoiled):
     """``x`` with 0 for what is not finite.
 
-    With 128 columns all of the kernel's code is more than the instruction cache holds (128 KB), and a block waits for what it
-    runs once: there this is run where something is not finite only. With 64 it takes less time than to skip it.
+    With 128 columns the kernel's code is all that the instruction cache holds (128 KiB), and a block waits for what it runs
+    once: there this is run where something is not finite only. With 64 it takes less time than to skip it.
     """
     if x.shape[1] > 64:
         if spoiled:

@@ -30,12 +30,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..numerics import KEY_EPS
 from .hopper_tiles import accumulator, anew, exp2, operand, stores_done
-from .plan import in_units
+from .prepare import INFINITY_BITS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .plan import Run
 
-INFINITY_BITS = gl.constexpr(0x7F800000)
 REGISTERS = 128
 """Of a thread: as many as leave room for four programs on a multiprocessor."""
 
@@ -118,7 +119,7 @@ def _float_bits(magnitudes, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _finite(x):
+def _finite_rows(x):
     return gl.min((gl.abs(x.to(gl.float32)) < float("inf")).to(gl.int32), axis=1)
 
 
@@ -133,7 +134,7 @@ def _inspect(base, stride, width, rows, live, Largest, W: gl.constexpr, layout: 
     magnitude = gl.where(magnitude < float("inf"), magnitude, 0.0)
     largest = gl.max(gl.max(magnitude, axis=1), axis=0)
     gl.atomic_max(Largest, largest.to(gl.int32, bitcast=True), sem="relaxed")
-    return gl.convert_layout(_finite(x), gl.SliceLayout(1, layout))
+    return gl.convert_layout(_finite_rows(x), gl.SliceLayout(1, layout))
 
 
 # The inverse
@@ -390,7 +391,7 @@ def hopper_inverse_kernel(
             near_rows, near_live = _places(
                 Mask, Blocks, batch, block, blocks, length, index, PACKED
             )
-            finite = _finite(_load(keys, key_n, width, near_rows, near_live, D, plain))
+            finite = _finite_rows(_load(keys, key_n, width, near_rows, near_live, D, plain))
             finite &= _inspect(
                 values, value_n, value_width, near_rows, near_live, Largest + entry, E, plain
             )
@@ -471,15 +472,12 @@ def hopper_inverse_kernel(
 
 
 def hopper_inverse(
-    run: Run, key: Any, value: Any, second: Any, mask: Any, strength: Any, *, fused: bool
-) -> None:
-    """What `stages.prepare` does, for calls of up to 128 columns."""
+    run: Run, key: Any, value: Any, second: Any, mask: Any, strength: Any,
+    units: Callable[[], tuple[int, list[int]]], *, fused: bool,
+) -> None:  # fmt: skip
+    """What `stages.prepare` does, for calls of up to 128 columns. ``units``: `plan.in_units` of widths and strides."""
     call, at, geometry = run.call, run.at, run.call.geometry
     kernel = hopper_inverse_kernel
-
-    def units() -> tuple[int, list[int]]:
-        strides = (*geometry.strides(key), *geometry.strides(value), *geometry.strides(second))
-        return in_units(call.width, call.value_width, *strides)
 
     run.launch(
         kernel, geometry.slots,

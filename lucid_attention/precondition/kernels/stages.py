@@ -177,16 +177,15 @@ def prepare(
         )  # fmt: skip
         return
 
-    if inverts_in_shared_memory(call):
-        _hopper_module("inverse").hopper_inverse(
-            run, key, value, second, mask, strength, fused=fused
-        )
-        return
-
     def units() -> tuple[int, list[int]]:
         strides = (*geometry.strides(key), *geometry.strides(value), *geometry.strides(second))
         return in_units(call.width, call.value_width, *strides)
 
+    if inverts_in_shared_memory(call):
+        _hopper_module("inverse").hopper_inverse(
+            run, key, value, second, mask, strength, units, fused=fused
+        )
+        return
     run.launch(
         inverse_kernel, geometry.slots,
         (
