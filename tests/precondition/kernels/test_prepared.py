@@ -171,18 +171,16 @@ def test_cases(case: str, width: int, value_width: int, monkeypatch: pytest.Monk
         key[0, 0, 3, 1], key[1, 2, 699, 0] = float("inf"), float("nan")
         value[0, 1, 300, -1], value[1, 1, 5, 0] = float("nan"), -float("inf")
         grad[1, 0, 128, 2] = float("nan")
-    if (
-        case == "overflowing"
-    ):  # its square is not finite: such a key is 0, and nothing is wrong with its sequence
+    if case == "overflowing":
+        # Its square is not finite: such a key is 0, and nothing is wrong with its sequence.
         key[0, 1, 200] = 1e30
     if case == "loud":  # one entry that is some hundred times as large as the others, anywhere
         value[0, 0, 77, -1], value[1, 2, 640, 0] = -500.0, 300.0
         grad[0, 2, 699, 3] = -2000.0
     if case in ("wide", "wide gradient"):
         given["grad"] = grad.float()
-    if (
-        case == "wide"
-    ):  # as a chunk's right-hand sides after a past, and as Y that was asked for in float32
+    if case == "wide":
+        # As a chunk's right-hand sides after a past, and as Y that was asked for in float32.
         given["value"] = value.float()
     if "packed" in case:
         for name in ("key", "value", "grad"):
