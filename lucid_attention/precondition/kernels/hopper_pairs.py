@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_tiles import accumulator, anew, exp2, halves, in_order, operand, place_in
+from .hopper_tiles import accumulator, anew, exp2, halves, in_order, keep, operand, place_in
 
 STAGES = gl.constexpr(2)
 """Tiles of columns whose keys or dV are held, or on their way, at a time; both are asked for a tile ahead."""
@@ -83,22 +83,24 @@ def _other_half(use, zero, keys, pieces, M: gl.constexpr, W: gl.constexpr, TAIL:
 
 
 @gluon.jit
-def last_half(use, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
+def last_half(use, push, keys, pieces, staging, t_full, o_full, o_empty, unscale, M: gl.constexpr, W: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
     """What the last of several ``sweep_tile`` leaves to do."""
     mbarrier.wait(t_full, use & 1)
     o = warpgroup_mma_wait(0, deps=[_other_half(use, anew(), keys, pieces, M, W, TAIL)])
-    hand_over(o * unscale, staging, o_full, o_empty, use, W)
+    hand_over(o * unscale, staging, o_full, o_empty, push, W)
 
 
 @gluon.jit
 def sweep_tile(
-    s, acc, toward, total, tile, use, more, edge,
+    s, acc, toward, total, tile, use, push, more, edge,
     keys, solution, key_ring, grad_ring, pieces, staging,
     key_full, grad_full, empty, t_full, o_full, o_empty, c2, shift, unscale,
     W: gl.constexpr, ADJOINT: gl.constexpr, EDGE: gl.constexpr, SUM: gl.constexpr,
     LATE: gl.constexpr, FOLLOWS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """One tile of columns; its ``S`` is under way, and so is the next one's on return.
+
+    ``tile``, ``use`` and ``push`` count, from the program's first tile on, tiles, those with a T, and what was given to the adders.
 
     ``LATE``: with the next tile, or in ``last_half``, comes the tile's ``O``, for which both groups' T is
     needed: then they may be up to a tile apart and fill each other's gaps. ``FOLLOWS``: there is a
@@ -128,7 +130,7 @@ def sweep_tile(
         column = gl.arange(0, M, layout=gl.SliceLayout(0, accumulator(M)))
         t = gl.where((column + edge)[None, :] > row[:, None], t, 0.0)
         if SUM:
-            total += gl.where(edge < 128, gl.sum(t, axis=1), 0.0)
+            total += gl.where(edge < 128, gl.sum(keep(t), axis=1), 0.0)
     t = t.to(gl.float16)
 
     if LATE:
@@ -153,7 +155,7 @@ def sweep_tile(
         pieces.index(place + 1).store(t2)
     if LATE and FOLLOWS:
         o = warpgroup_mma_wait(2, deps=[o])
-        at = claim(staging, o_empty, use - 1, W)
+        at = claim(staging, o_empty, push - 1, W)
         put(o * unscale, staging, at)  # one fence for both: it takes a tenth of a tile's time
     fence_async_shared()
     mbarrier.arrive(t_full)
@@ -170,5 +172,5 @@ def sweep_tile(
         s = similarity(keys.index(W + zero), key_ring, key_full, tile + 1, more)
         o, toward = warpgroup_mma_wait(1, deps=[o, toward])
         mbarrier.arrive(empty.index(used))
-        hand_over(o * unscale, staging, o_full, o_empty, use, W)
+        hand_over(o * unscale, staging, o_full, o_empty, push, W)
     return s, acc, toward, total

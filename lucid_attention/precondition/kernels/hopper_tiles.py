@@ -185,7 +185,7 @@ def as_long(x):
 
 
 @gluon.jit
-def _keep(x):
+def keep(x):
     """``x``; between two conversions, so that they stay two: each is then one round of shuffles."""
     PACK: gl.constexpr = 32 // x.dtype.primitive_bitwidth
     return gl.inline_asm_elementwise(
@@ -197,13 +197,13 @@ def _keep(x):
 def widen(x, E: gl.constexpr):
     middle: gl.constexpr = wide_layout(E, 1)
     wide: gl.constexpr = wide_layout(E, 2)
-    return gl.convert_layout(_keep(gl.convert_layout(x, middle)), wide)
+    return gl.convert_layout(keep(gl.convert_layout(x, middle)), wide)
 
 
 @gluon.jit
 def narrow(x, sums: gl.constexpr, E: gl.constexpr):
     middle: gl.constexpr = wide_layout(E, 1)
-    return gl.convert_layout(_keep(gl.convert_layout(x, middle)), sums)
+    return gl.convert_layout(keep(gl.convert_layout(x, middle)), sums)
 
 
 @functools.cache

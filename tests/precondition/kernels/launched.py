@@ -90,9 +90,9 @@ def main() -> None:
     machine_code.Utilities.fill_tma_descriptor = described  # type: ignore[assignment]
     from lucid_attention.precondition.kernels import family, launch, plan
 
-    importlib.import_module("lucid_attention.precondition.kernels.hopper_solve").multiprocessors = (
-        lambda device: 132
-    )
+    for name in ("hopper_solve", "hopper_adjoint"):
+        module: Any = importlib.import_module(f"lucid_attention.precondition.kernels.{name}")
+        module.multiprocessors = lambda device: 132
     report = []
     for width, value_width, hopper in json.loads(sys.argv[1]):
         family.has_hopper_kernels = lambda device, answer=hopper: answer  # type: ignore[assignment]

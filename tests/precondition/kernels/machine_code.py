@@ -232,8 +232,9 @@ def main() -> None:
         keep(self)
 
     triton.compiler.CompiledKernel._init_handles = record
-    hopper_solve: Any = importlib.import_module("lucid_attention.precondition.kernels.hopper_solve")
-    hopper_solve.multiprocessors = lambda device: 132
+    for name in ("hopper_solve", "hopper_adjoint"):
+        module: Any = importlib.import_module(f"lucid_attention.precondition.kernels.{name}")
+        module.multiprocessors = lambda device: 132
     report = []
     for job in json.loads(sys.argv[1]):
         COMPILED.clear()

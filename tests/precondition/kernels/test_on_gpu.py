@@ -276,21 +276,24 @@ def test_more_blocks_than_the_card_holds(
 
 
 @pytest.mark.parametrize(
-    ("width", "value_width", "precision"),
+    ("width", "value_width", "late", "precision"),
     [
-        (64, 64, "default"), (68, 68, "default"), (128, 128, "default"), (64, 128, "default"),
-        (256, 256, "default"), (64, 64, "high"),
+        (64, 64, False, "default"), (64, 64, True, "default"), (68, 68, False, "default"), (128, 128, False, "default"),
+        (128, 64, False, "default"), (256, 256, False, "default"), (64, 64, False, "high"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("programs", [1, 3, 64])
 def test_any_number_of_programs(
-    programs: int, packed: bool, width: int, value_width: int, precision: str,
+    programs: int, packed: bool, width: int, value_width: int, late: bool, precision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """One program of the solve alone finishes all blocks in order; whoever takes a block, it has the same bits."""
+    """One program alone finishes all blocks in order; whoever takes a block, it has the same bits."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("Hopper's own kernels need a Hopper card")
+    kernels = "lucid_attention.precondition.kernels.hopper_"
+    adjoint, solve = (importlib.import_module(kernels + name) for name in ("adjoint", "solve"))
+    monkeypatch.setattr(adjoint, "LATE_FROM", 0 if late else 1 << 30)
     monkeypatch.setattr(plan, "_calls", {})  # the number of programs is kept with a call
     leaves = operands("cos0.8", 1, 5, 1100, width, value_width=value_width, dtype=BRAIN, device="cuda")  # fmt: skip
     options: dict[str, Any] = {"precision": precision, "learned": True}
@@ -300,8 +303,8 @@ def test_any_number_of_programs(
     leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
     expected = run(leaves, "triton", **options)
     monkeypatch.setattr(plan, "_calls", {})
-    solve = importlib.import_module("lucid_attention.precondition.kernels.hopper_solve")
-    monkeypatch.setattr(solve, "multiprocessors", lambda device: programs)
+    for module in (adjoint, solve):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
     for _ in range(2):
         for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
             assert torch.equal(g, e)
