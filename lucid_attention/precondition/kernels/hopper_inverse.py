@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..numerics import KEY_EPS
+from .hopper_links import marks
 from .hopper_tiles import accumulator, anew, exp2, operand, stores_done
 from .prepare import INFINITY_BITS
 
@@ -294,14 +295,14 @@ def _copy_keys(KeyRows, slot, own):
 
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "length"])
 def hopper_inverse_kernel(
-    KeyRows, TTile, Key, Value, Second, Mask, Blocks, Live, Largest, LargestSecond, Bad, Strength, T,
+    KeyRows, TTile, Key, Value, Second, Mask, Blocks, Live, Largest, LargestSecond, Bad, Strength, T, Rows,
     width, value_width, key_b, key_h, key_n, value_b, value_h, value_n, second_b, second_h, second_n,
     heads, chains, blocks, length, c2, shift, eps,
-    D: gl.constexpr, E: gl.constexpr, PACKED: gl.constexpr, OPERAND: gl.constexpr, UNIT: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, STORED: gl.constexpr, PACKED: gl.constexpr, OPERAND: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """Grid: ``chains * blocks`` programs. Widths and strides are in ``UNIT``s of entries (``plan.in_units``).
 
-    ``OPERAND``: quadrants are written as the fused adjoint loads them, not as tiles.
+    ``OPERAND``: quadrants are written as the fused adjoint loads them, not as tiles. ``Rows``: what is marked (`hopper_links`), with ``STORED`` columns.
     """
     width *= UNIT
     value_width *= UNIT
@@ -338,6 +339,11 @@ def hopper_inverse_kernel(
     largest = _largest_held(gl.zeros([64, E], Value.dtype.element_ty, value_plain))
     if Second is not None:
         largest_second = _largest_held(gl.zeros([64, E], Second.dtype.element_ty, value_plain))
+    if Rows is not None:
+        column = gl.arange(0, E, layout=gl.SliceLayout(0, value_plain))[None, :]
+        for half in range(twice):
+            marked = (start + half * 64 + value_row)[:, None] * STORED + column
+            gl.store(Rows + marked, marks(64, E, value_plain), mask=column < STORED)
     for half in range(twice):
         rows, live = _places(
             Mask, Blocks, batch, block, blocks, length, half * 64 + value_row, PACKED
@@ -473,9 +479,11 @@ def hopper_inverse_kernel(
 
 def hopper_inverse(
     run: Run, key: Any, value: Any, second: Any, mask: Any, strength: Any,
-    units: Callable[[], tuple[int, list[int]]], *, fused: bool,
+    units: Callable[[], tuple[int, list[int]]], *, marked: Any, fused: bool,
 ) -> None:  # fmt: skip
-    """What `stages.prepare` does, for calls of up to 128 columns. ``units``: `plan.in_units` of widths and strides."""
+    """What `stages.prepare` does, for calls of up to 128 columns. ``units``: `plan.in_units` of widths and strides;
+    ``marked``: rows that are given marks (`hopper_links`).
+    """
     call, at, geometry = run.call, run.at, run.call.geometry
     kernel = hopper_inverse_kernel
 
@@ -486,11 +494,11 @@ def hopper_inverse(
                 (at.keys, call.key_width, 64, call.key_tile), (at.inverse, 64, 64, 64),
             )),
             key, value, second, mask, at.table, at.live, at.largest,
-            None if second is None else at.largest_second, at.bad, strength, at.inverse,
+            None if second is None else at.largest_second, at.bad, strength, at.inverse, marked,
         ),
         lambda: (*units()[1], *geometry.sizes, call.c2, call.shift(0), KEY_EPS),
         lambda: {
-            "D": call.key_tile, "E": call.solution_tile, "PACKED": geometry.packed, "OPERAND": fused,
+            "D": call.key_tile, "E": call.solution_tile, "STORED": call.solution_width, "PACKED": geometry.packed, "OPERAND": fused,
             "UNIT": units()[0], "num_warps": 4, "maxnreg": REGISTERS,
         },
     )  # fmt: skip

@@ -20,6 +20,8 @@ read transposed, and it is the upper half of a block that needs the lower one.
 
 ``HALVES`` multiplies the solution by ``P`` in two halves, for half of the products more (``precision="high"``); the inverses,
 keys and solutions are rounded to float16 as ever.
+
+``LINKED`` makes the steps of few chains shorter (`hopper_links`).
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..implementation import multiprocessors
+from .hopper_links import as_link, once_written, rows_layout, write
+from .hopper_rows import factors, store_rows, values_at
 from .hopper_tiles import (
     as_long,
+    look_at,
     place_ticket,
     power_of_two,
     range_exponent,
@@ -83,12 +88,13 @@ def _loader(
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
     inverse_full, inverse_empty,
     chains, blocks, wide, deep, length,
-    M: gl.constexpr, PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr,
-    D: gl.constexpr, E: gl.constexpr,
+    M: gl.constexpr, PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, LINKED: gl.constexpr,
+    PARTS: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """One warp: tickets, the wait for the chain, all copies to shared memory."""
     PER: gl.constexpr = 128 // M
     STEP: gl.constexpr = -M if REVERSED else M
+    EARLY: gl.constexpr = 1 if LINKED else 0
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     total = chains * blocks
     key_slot = 0
@@ -98,7 +104,9 @@ def _loader(
     turn = 0
     ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
     while ticket < total:
-        chain, block = place_ticket(ticket, chains, blocks, wide, deep)
+        member, block = place_ticket(ticket, chains, blocks, wide, deep)
+        chain = member // PARTS
+        value_column = member % PARTS * E
         if REVERSED:
             block = blocks - 1 - block
         first = 0
@@ -109,7 +117,7 @@ def _loader(
             count = gl.load(Blocks + blocks + block)
             first = gl.load(Blocks + 2 * blocks + block)
         if count > 0:
-            counter = Done + (chain * blocks + first)
+            counter = Done + (member * blocks + first)
             here = (chain * blocks + block) * 128
             column = (chain * blocks + first) * 128
             n = (block - first) * PER
@@ -120,7 +128,7 @@ def _loader(
                 column = (chain * blocks + end) * 128 - M
                 n = (end - 1 - block) * PER
             mbarrier.wait(own_empty, turn ^ 1)
-            note.index(0).store(gl.full([1], chain, gl.int32, one))
+            note.index(0).store(gl.full([1], member, gl.int32, one))
             note.index(1).store(gl.full([1], block, gl.int32, one))
             note.index(2).store(gl.full([1], first, gl.int32, one))
             if PACKED:
@@ -135,8 +143,25 @@ def _loader(
                 )
             # Step j brings the keys of tile j and the solution of tile j - 1, in the order of use.
             ready = 0
+            if LINKED:
+                # The last tile's keys come first, with the inverse: see `_compute`.
+                mbarrier.wait(inverse_empty, turn ^ 1)
+                mbarrier.expect(inverse_full, 3 * 64 * 64 * 2)
+                quadrant = (here // 128) * 192
+                for k in gl.static_range(3):
+                    tma.async_copy_global_to_shared(
+                        TTile, [quadrant + k * 64, 0], inverse_full, inverse.index(k)
+                    )
+                if n > 0:
+                    mbarrier.wait(key_empty.index(key_slot), key_phase ^ 1)
+                    bar = key_full.index(key_slot)
+                    mbarrier.expect(bar, M * D * 2)
+                    tma.async_copy_global_to_shared(
+                        KhTile, [column + (n - 1) * STEP, 0], bar, keys.index(key_slot)
+                    )
+                    key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
             for j in range(n + 1):
-                if j < n:
+                if j < n - EARLY:
                     mbarrier.wait(key_empty.index(key_slot), key_phase ^ 1)
                     bar = key_full.index(key_slot)
                     mbarrier.expect(bar, M * D * 2)
@@ -144,7 +169,7 @@ def _loader(
                         KhTile, [column + j * STEP, 0], bar, keys.index(key_slot)
                     )
                     key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
-                if j == gl.maximum(n - PER + 1, 0):
+                if not LINKED and j == gl.maximum(n - PER + 1, 0):
                     # Everything up to the last block is under way: now what comes after it.
                     if TIGHT:
                         mbarrier.wait(solution_empty.index(slot), phase ^ 1)
@@ -164,13 +189,26 @@ def _loader(
                 if j > 0:
                     mbarrier.wait(solution_empty.index(slot), phase ^ 1)
                     need = 2 * ((j - 1) // PER + 1)
-                    if ready < need:
-                        ready = wait_for(counter, need)
                     bar = solution_full.index(slot)
-                    mbarrier.expect(bar, M * E * 2)
-                    tma.async_copy_global_to_shared(
-                        YhTile, [column + (j - 1) * STEP, 0], bar, solution.index(slot)
-                    )
+                    if LINKED:
+                        if ready < need:
+                            if j == n:  # noqa: SIM108 (not both)
+                                ready = look_at(counter)
+                            else:
+                                ready = wait_for(counter, need)
+                        # The last one is not waited for: the other warps read it as it is written.
+                        late = (ready < need).to(gl.int32)
+                        note.index(6 + slot).store(gl.full([1], late, gl.int32, one))
+                    else:
+                        late = 0
+                        if ready < need:
+                            ready = wait_for(counter, need)
+                    if late > 0:
+                        mbarrier.arrive(bar, count=1)
+                    else:
+                        mbarrier.expect(bar, M * E * 2)
+                        place = [column + (j - 1) * STEP, value_column]
+                        tma.async_copy_global_to_shared(YhTile, place, bar, solution.index(slot))
                     slot, phase = _step(slot, phase, solution.shape[0])
             turn ^= 1
         ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
@@ -198,50 +236,55 @@ def _halves(e, left: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _read(note, index: gl.constexpr):
+def _read(note, index):
     return gl.max(note.index(index).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @gluon.jit
-def _rows_at(base, stride, width, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Pointers to 64 rows of a user's tensor from ``at``, and which of their entries exist."""
-    row = at + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    column = gl.arange(0, E, gl.SliceLayout(0, layout))
-    pointers = base + as_long(row)[:, None] * (as_long(stride) * UNIT) + column[None, :]
-    return pointers, row, row < end, (column < width * UNIT)[None, :]
-
-
-@gluon.jit
-def _values_at(base, stride, width, Mask, batch, length, at, end, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Pointers to 64 rows of values, and which of their entries belong to a token."""
-    pointers, row, live, inside = _rows_at(base, stride, width, at, end, UNIT, E, layout)
-    if Mask is not None:
-        live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
-    return pointers, live[:, None] & inside
-
-
-@gluon.jit
-def _store_rows(base, stride, width, at, end, x, UNIT: gl.constexpr, E: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    pointers, _, live, inside = _rows_at(base, stride, width, at, end, UNIT, E, layout)
-    gl.store(pointers, x, mask=live[:, None] & inside)
+def _times_inverse(x, right, quadrants, right_full, right_empty, phase, GROUP: gl.constexpr, AFTER: gl.constexpr, REVERSED: gl.constexpr):  # fmt: skip
+    """The block's inverse times both groups' ``x``, this group's rows; ``AFTER``: those that need the other's."""
+    mine = right.index(GROUP)
+    mine.store(x.to(gl.float16))
+    fence_async_shared()
+    if not AFTER:
+        mbarrier.arrive(right_full, count=1)
+    gl.thread_barrier()
+    diagonal = quadrants.index(2 * GROUP)
+    corner = quadrants.index(1)
+    if REVERSED:
+        diagonal = diagonal.permute((1, 0))
+        corner = corner.permute((1, 0))
+    x = warpgroup_mma(diagonal, mine, x, is_async=True)
+    if AFTER:
+        mbarrier.wait(right_full, phase)
+        x = warpgroup_mma(corner, right.index(1 - GROUP), x, is_async=True)
+    x = warpgroup_mma_wait(0, deps=[x])
+    if AFTER:
+        mbarrier.arrive(right_empty, count=1)
+    else:
+        mbarrier.wait(right_empty, phase)
+    return x
 
 
 @gluon.jit
 def _compute(
-    Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
+    Value, value_b, value_h, value_n, YhHalf, Yh, Y, y_b, y_h, y_n,
     Mask, Strength, Done, Largest, Bad,
-    own, keys, solution, inverse, right, note,
+    own, keys, solution, inverse, right, coupled, note,
     own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
-    inverse_full, inverse_empty, right_full, right_empty,
+    inverse_full, inverse_empty, right_full, right_empty, came,
     heads, blocks, length, value_width, headroom, c2, shift,
     GROUP: gl.constexpr, M: gl.constexpr, PACKED: gl.constexpr,
-    REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr, UNIT: gl.constexpr,
-    ASYNC: gl.constexpr, E: gl.constexpr,
+    REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, LINKED: gl.constexpr, SHIFT: gl.constexpr,
+    UNIT: gl.constexpr, ASYNC: gl.constexpr, STORED: gl.constexpr, PARTS: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """Four warps: rows ``64 GROUP : 64 GROUP + 64`` of every ticket's block.
 
     ``TIGHT``: ``right`` is where the block's keys were, which the next block's wait for; the inverse comes in the place of a
     tile of the solution, before the last two.
+
+    ``LINKED`` (`hopper_links`): the last tile's keys come first, and its solution last; ``coupled`` holds ``P_last``, and may be ``right``.
+    A ticket is then one of ``PARTS`` parts of the columns of a block's values, of which workspaces have ``STORED``.
     """
     PER: gl.constexpr = 128 // M
     LAST: gl.constexpr = 0 if REVERSED else 1
@@ -249,7 +292,7 @@ def _compute(
     product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, E, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    plain: gl.constexpr = rows_layout(E)
     if M == 64:  # noqa: SIM108 (constant expressions are not chosen between in Gluon)
         rows = own.index(GROUP)
     else:
@@ -262,14 +305,18 @@ def _compute(
     DELAYED: gl.constexpr = PACKED_IN and TIGHT
     given = mine._reinterpret(Value.dtype.element_ty, [64, E], right.layout) if PACKED_IN else mine
     nothing = gl.zeros([64, M], gl.float32, product)
+    came_phase = 0
+    right_phase = 0
     key_slot = 0
     key_phase = 0
     slot = 0
     phase = 0
     turn = 0
     mbarrier.wait(own_full, 0)
-    chain = _read(note, 0)
-    while chain >= 0:
+    member = _read(note, 0)
+    while member >= 0:
+        chain = member // PARTS
+        value_column = member % PARTS * E
         block = _read(note, 1)
         first = _read(note, 2)
         at = block * 128 + 64 * GROUP
@@ -285,16 +332,41 @@ def _compute(
         batch = as_long(chain // heads)
         head = as_long(chain % heads)
         entry = chain * blocks + first
-        values = Value + (batch * as_long(value_b) + head * as_long(value_h)) * UNIT
-        bad = gl.load(Bad + entry)
-        largest = gl.load(Largest + entry)
+        values = Value + (batch * as_long(value_b) + head * as_long(value_h)) * UNIT + value_column
+        width = value_width - value_column // UNIT
+        given_strength = 1.0
         if Strength is not None:
             given_strength = gl.load(Strength + head)
+        if LINKED:
+            mbarrier.wait(inverse_full, turn)
+            link = gl.zeros([64, M], gl.float16, left)
+            power = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, sums))
+            if n > 0:
+                live, factor = factors(Mask, given_strength, batch, length, at, end, SHIFT, product)
+                mbarrier.wait(key_full.index(key_slot), key_phase)
+                s = warpgroup_mma(
+                    rows, keys.index(key_slot).permute((1, 0)), nothing,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(key_empty.index(key_slot), count=1)
+                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+                # As it is multiplied: what is rounded alike cancels.
+                s = gl.where(live[:, None], gl.exp2(s * c2 + shift), 0.0).to(gl.float16)
+                s = _times_inverse(
+                    s.to(gl.float32), coupled, inverse, right_full, right_empty, right_phase,
+                    GROUP, AFTER, REVERSED,
+                )  # fmt: skip
+                right_phase ^= 1
+                link, power = as_link(-factor[:, None] * s, left)
+                gl.thread_barrier()  # all warps' products are done: ``right`` may be the same memory
+        bad = gl.load(Bad + entry)
+        largest = gl.load(Largest + entry)
         if ASYNC:
             # What the last product's sum is taken from. In its place each thread still reads results of the block before, at most
             # those that it overwrites itself; the compiler puts a barrier between, too.
-            pointers, there = _values_at(
-                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
+            pointers, there = values_at(
+                values, value_n, width, Mask, batch, length, at, end, UNIT, E, plain
             )
             async_copy.async_copy_global_to_shared(given, pointers, there)
             async_copy.commit_group()
@@ -308,6 +380,9 @@ def _compute(
         p2 = p
         rest = p
         rest2 = p
+        follows = n > 0
+        if LINKED:  # the last tile is the link's
+            n = gl.maximum(n - 1, 0)
         if n > 0:
             mbarrier.wait(key_full.index(key_slot), key_phase)
             s = warpgroup_mma(
@@ -359,8 +434,8 @@ def _compute(
                 async_copy.wait_group(0)
                 gl.thread_barrier()  # what other threads copied
             else:
-                pointers, there = _values_at(
-                    values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, plain
+                pointers, there = values_at(
+                    values, value_n, width, Mask, batch, length, at, end, UNIT, E, plain
                 )
                 v = gl.load(pointers, mask=there, other=0.0)
                 if DELAYED:  # noqa: SIM102 (one is known to the compiler, the other is not)
@@ -370,25 +445,18 @@ def _compute(
             if not DELAYED:
                 v = given.load(sums)
         else:
-            pointers, there = _values_at(
-                values, value_n, value_width, Mask, batch, length, at, end, UNIT, E, sums
+            pointers, there = values_at(
+                values, value_n, width, Mask, batch, length, at, end, UNIT, E, sums
             )
             v = gl.load(pointers, mask=there, other=0.0)
-        row = at + gl.arange(0, 64, gl.SliceLayout(1, sums))
-        live = row < end
-        if Mask is not None:
-            live = live & (gl.load(Mask + batch * as_long(length) + row, mask=live, other=0) != 0)
-        strength = 1.0
-        if Strength is not None:
-            strength = given_strength.to(gl.float32)
+        live, factor = factors(Mask, given_strength, batch, length, at, end, SHIFT, sums)
         exponent = range_exponent(largest, headroom)
-        factor = gl.where(live, strength * power_of_two(0 * exponent - SHIFT), 0.0)
 
         quadrants = inverse
         if TIGHT:
             quadrants = _quadrants(solution, slot)
             mbarrier.wait(solution_full.index(slot), phase)
-            before = slot
+            held = slot
             slot, phase = _step(slot, phase, solution.shape[0])
         acc = warpgroup_mma_init(acc)
         if n > 0:
@@ -412,37 +480,48 @@ def _compute(
         if DELAYED:
             v = given.load(sums).to(gl.float32) * power_of_two(exponent)
         y = v - acc * factor[:, None]
-        mine.store(y.to(gl.float16))
-        fence_async_shared()
-        if not AFTER:
-            mbarrier.arrive(right_full, count=1)
-        gl.thread_barrier()
-        diagonal = quadrants.index(2 * GROUP)
-        corner = quadrants.index(1)
-        if REVERSED:
-            diagonal = diagonal.permute((1, 0))
-            corner = corner.permute((1, 0))
-        y = warpgroup_mma(diagonal, mine, y, is_async=True)
-        if AFTER:
-            mbarrier.wait(right_full, turn)
-            y = warpgroup_mma(corner, right.index(1 - GROUP), y, is_async=True)
-        y = warpgroup_mma_wait(0, deps=[y])
-        if AFTER:
-            mbarrier.arrive(right_empty, count=1)
-        else:
-            mbarrier.wait(right_empty, turn)
+        y = _times_inverse(
+            y, right, quadrants, right_full, right_empty, right_phase, GROUP, AFTER, REVERSED
+        )
+        right_phase ^= 1
+        if LINKED:
+            if n > 0:
+                mbarrier.arrive(solution_empty.index(slot), count=1)
+                slot, phase = _step(slot, phase, solution.shape[0])
+            if follows:
+                y *= power[:, None]
+                mbarrier.wait(solution_full.index(slot), phase)
+                if _read(note, 6 + slot) > 0:  # it was not there yet: see `_loader`
+                    NEXT: gl.constexpr = 1 if REVERSED else -1
+                    before = (chain * blocks + block + NEXT) * 128 + 64 * GROUP
+                    x = once_written(Yh, before, value_column, E, STORED)
+                    solution.index(slot).slice(64 * GROUP, 64, dim=0).store(x)
+                    fence_async_shared()
+                    mbarrier.arrive(came, count=1)
+                    mbarrier.wait(came, came_phase)
+                    came_phase ^= 1
+                y = warpgroup_mma(link, solution.index(slot), y, is_async=True)
+                y = warpgroup_mma_wait(0, deps=[y])
+                y *= 1.0 / power[:, None]
 
         mine.store(y.to(gl.float16))
-        fence_async_shared()
-        gl.thread_barrier()
         start = (chain * blocks + block) * 128 + 64 * GROUP
-        tma.async_copy_shared_to_global(YhHalf, [start, 0], mine)
-        stores_done(block)
+        if LINKED:
+            write(Yh, start, value_column, mine.load(plain), STORED)
+        else:
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(YhHalf, [start, 0], mine)
+            stores_done(block)
         gl.thread_barrier()
-        gl.atomic_add(Done + entry, 1, sem="release")
+        gl.atomic_add(Done + member * blocks + first, 1, sem="release")
         if TIGHT:
-            mbarrier.arrive(solution_empty.index(before), count=1)
-        if n > 0:
+            mbarrier.arrive(solution_empty.index(held), count=1)
+        if LINKED:
+            if follows:
+                mbarrier.arrive(solution_empty.index(slot), count=1)
+                slot, phase = _step(slot, phase, solution.shape[0])
+        elif n > 0:
             for _ in gl.static_range(PER):
                 mbarrier.arrive(solution_empty.index(slot), count=1)
                 slot, phase = _step(slot, phase, solution.shape[0])
@@ -458,28 +537,28 @@ def _compute(
                 spoiled = (padded >= blocks * 128 - bad) & live
             y = gl.where(spoiled[:, None], float("nan"), y)
         y = y.to(Y.dtype.element_ty)
-        out = Y + (batch * as_long(y_b) + head * as_long(y_h)) * UNIT
+        out = Y + (batch * as_long(y_b) + head * as_long(y_h)) * UNIT + value_column
         if PACKED_OUT:
             place = mine._reinterpret(Y.dtype.element_ty, [64, E], right.layout)
             place.store(y)
-            _store_rows(out, y_n, value_width, at, end, place.load(plain), UNIT, E, plain)
+            store_rows(out, y_n, width, at, end, place.load(plain), UNIT, E, plain)
         else:
-            _store_rows(out, y_n, value_width, at, end, y, UNIT, E, sums)
+            store_rows(out, y_n, width, at, end, y, UNIT, E, sums)
         if TIGHT:
             fence_async_shared()
             mbarrier.arrive(own_empty, count=1)
         turn ^= 1
         mbarrier.wait(own_full, turn)
-        chain = _read(note, 0)
+        member = _read(note, 0)
 
 
 @gluon.jit(do_not_specialize=["heads", "chains", "blocks", "wide", "deep", "length", "headroom"])
 def hopper_solve_kernel(
-    KhTile, YhTile, YhHalf, TTile, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
+    KhTile, YhTile, YhHalf, TTile, Yh, Value, Y, Mask, Strength, Blocks, Done, Largest, Bad, Ticket,
     value_width, value_b, value_h, value_n, y_b, y_h, y_n, heads, chains, blocks, wide, deep, length, headroom, c2, shift,
     D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, SHIFT: gl.constexpr,
-    UNIT: gl.constexpr, ASYNC: gl.constexpr,
+    PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, HALVES: gl.constexpr, LINKED: gl.constexpr,
+    SHIFT: gl.constexpr, UNIT: gl.constexpr, ASYNC: gl.constexpr, STORED: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best one for each multiprocessor.
 
@@ -497,7 +576,12 @@ def hopper_solve_kernel(
     else:
         inverse = gl.allocate_shared_memory(gl.float16, [3, 64, 64], TTile.layout)
         right = gl.allocate_shared_memory(gl.float16, [2, 64, E], YhTile.layout)
-    note = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    coupled = right
+    if LINKED and E < M:
+        coupled = gl.allocate_shared_memory(gl.float16, [2, 64, M], YhTile.layout)
+    note = gl.allocate_shared_memory(
+        gl.int32, [6 + STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     # A phase is one use of a ring's slot, or one ticket. "full": one arrival, by the loader with
     # the bytes that it announces (right_full: by the half that is solved first); "empty": one by each group that reads.
     one: gl.constexpr = mbarrier.MBarrierLayout()
@@ -507,6 +591,7 @@ def hopper_solve_kernel(
     inverse_empty = gl.allocate_shared_memory(gl.int64, [1], one)
     right_full = gl.allocate_shared_memory(gl.int64, [1], one)
     right_empty = gl.allocate_shared_memory(gl.int64, [1], one)
+    came = gl.allocate_shared_memory(gl.int64, [1], one)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
     solution_full = gl.allocate_shared_memory(gl.int64, [STAGES + MORE, 1], one)
@@ -517,6 +602,7 @@ def hopper_solve_kernel(
     mbarrier.init(inverse_empty, count=2)
     mbarrier.init(right_full, count=1)
     mbarrier.init(right_empty, count=1)
+    mbarrier.init(came, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(key_full.index(stage), count=1)
         mbarrier.init(key_empty.index(stage), count=2)
@@ -529,22 +615,22 @@ def hopper_solve_kernel(
     gl.warp_specialize(
         [
             (_compute, (
-                Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
+                Value, value_b, value_h, value_n, YhHalf, Yh, Y, y_b, y_h, y_n,
                 Mask, Strength, Done, Largest, Bad,
-                own, keys, solution, inverse, right, note,
+                own, keys, solution, inverse, right, coupled, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
-                inverse_full, inverse_empty, right_full, right_empty,
+                inverse_full, inverse_empty, right_full, right_empty, came,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                0, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, ASYNC, E,
+                0, M, PACKED, REVERSED, TIGHT, HALVES, LINKED, SHIFT, UNIT, ASYNC, STORED, PARTS, E,
             )),
             (_compute, (
-                Value, value_b, value_h, value_n, YhHalf, Y, y_b, y_h, y_n,
+                Value, value_b, value_h, value_n, YhHalf, Yh, Y, y_b, y_h, y_n,
                 Mask, Strength, Done, Largest, Bad,
-                own, keys, solution, inverse, right, note,
+                own, keys, solution, inverse, right, coupled, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
-                inverse_full, inverse_empty, right_full, right_empty,
+                inverse_full, inverse_empty, right_full, right_empty, came,
                 heads, blocks, length, value_width, headroom, c2, shift,
-                1, M, PACKED, REVERSED, TIGHT, HALVES, SHIFT, UNIT, ASYNC, E,
+                1, M, PACKED, REVERSED, TIGHT, HALVES, LINKED, SHIFT, UNIT, ASYNC, STORED, PARTS, E,
             )),
             (_loader, (
                 KhTile, YhTile, TTile, Blocks, Done, Ticket,
@@ -552,7 +638,7 @@ def hopper_solve_kernel(
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
                 inverse_full, inverse_empty,
                 chains, blocks, wide, deep, length,
-                M, PACKED, REVERSED, TIGHT, D, E,
+                M, PACKED, REVERSED, TIGHT, LINKED, PARTS, D, E,
             )),
         ],
         [4, 1],
@@ -565,7 +651,7 @@ def hopper_solve(
 ) -> None:
     """``Y`` into ``out`` and ``rows`` from what `prepare` left, or, ``transposed``, ``dV`` from ``dY``."""
     call, at, geometry = run.call, run.at, run.call.geometry
-    D, E = call.key_tile, call.solution_tile
+    D, E = call.key_tile, call.solution_tile // call.value_parts
     columns = HALVES_COLUMNS if call.halves else COLUMNS[max(D, E)]
     keys, solution = call.key_width, call.solution_width
     kernel = hopper_solve_kernel
@@ -576,23 +662,25 @@ def hopper_solve(
     # Keys, rows, the inverse and two stages of tiles by themselves would take 64 + 64 + 24 + 2 * 64 KiB.
     tight = D == E == 256
     fixed = 128 * D * 2 + (columns * E * 2 if tight else 128 * E * 2 + 3 * 64 * 64 * 2)
+    if call.linked and columns > E:
+        fixed += 128 * columns * 2
     run.launch(
-        kernel, min(multiprocessors(call.device), geometry.slots),
+        kernel, min(multiprocessors(call.device), geometry.slots * call.value_parts),
         (
             *run.tiles(kernel, lambda: (
                 (at.keys, keys, columns, D), (rows, solution, columns, E), (rows, solution, 64, E),
                 (at.inverse, 64, 64, 64),
             )),
-            value, out, mask, strength, at.table, at.done, at.largest, at.bad, at.ticket,
+            rows, value, out, mask, strength, at.table, at.done, at.largest, at.bad, at.ticket,
         ),
         lambda: (
-            *units()[1], geometry.heads, geometry.chains, geometry.blocks,
-            *rounds(geometry, WIDE_ROUND if tight else ROUND), geometry.length, geometry.headroom,
+            *units()[1], geometry.heads, geometry.chains * call.value_parts, geometry.blocks,
+            *rounds(geometry, WIDE_ROUND if tight else ROUND, call.value_parts), geometry.length, geometry.headroom,
             call.c2, call.shift(SHIFT_FORWARD),
         ),
         lambda: {
             "D": D, "E": E, "M": columns, "STAGES": min(4, (_SHARED - fixed) // (columns * (D + E) * 2)),
             "PACKED": geometry.packed, "REVERSED": transposed, "TIGHT": tight,
-            "HALVES": call.halves, "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "ASYNC": not tight and in_words(value, call.value_width, units()[0]), "num_warps": 4,
+            "HALVES": call.halves, "LINKED": call.linked, "STORED": solution, "PARTS": call.value_parts, "SHIFT": SHIFT_FORWARD, "UNIT": units()[0], "ASYNC": not tight and in_words(value, call.value_width, units()[0]), "num_warps": 4,
         },
     )  # fmt: skip

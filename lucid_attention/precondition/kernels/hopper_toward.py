@@ -173,7 +173,7 @@ def _group(
     own, rows, keys, columns,
     own_full, rows_full, rows_empty, key_full, key_empty, column_full, column_empty,
     Toward, StrengthSum, Strength, Norms, LargestGrad, LargestSolution, Bad,
-    slot, sequence, later, earlier, headroom, c2, shift, GROUP: gl.constexpr,
+    slot, sequence, later, earlier, headroom, c2, shift, STORED: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Four warps: rows ``64 GROUP`` to ``64 GROUP + 63`` of the block."""
     M: gl.constexpr = keys.shape[1]
@@ -209,17 +209,17 @@ def _group(
     toward = in_order(toward)
     line = gl.arange(0, D // 4, layout=gl.SliceLayout(1, toward.type.layout))[:, None]
     entry = gl.arange(0, 256, layout=gl.SliceLayout(0, toward.type.layout))[None, :]
-    Toward += (slot * 2 + GROUP).to(gl.int64) * (64 * D)
-    gl.store(Toward + line * 256 + entry, toward)
+    Toward += (slot * 2 + GROUP).to(gl.int64) * (64 * STORED)
+    gl.store(Toward + line * 256 + entry, toward, mask=line < STORED // 4)
 
 
 @gluon.jit(do_not_specialize=["heads", "blocks", "length", "headroom"])
 def hopper_toward_kernel(
     KeyTile, GradTile, SolutionTile, Toward, StrengthSum, Strength, Blocks, Norms, LargestGrad, LargestSolution, Bad,
     heads, blocks, length, headroom, c2, shift,
-    D: gl.constexpr, E: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, STORED: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Grid: ``chains * blocks`` programs, a chain's one after another."""
+    """Grid: ``chains * blocks`` programs, a chain's one after another. ``STORED`` of the D columns of sums are not known to be zeros."""
     slot = gl.program_id(0)
     chain = slot // blocks
     block = slot % blocks
@@ -272,13 +272,13 @@ def hopper_toward_kernel(
                     own, rows, keys, columns,
                     own_full, rows_full, rows_empty, key_full, key_empty, column_full, column_empty,
                     Toward, StrengthSum, Strength, Norms, LargestGrad, LargestSolution, Bad,
-                    slot, sequence, later, earlier, headroom, c2, shift, 0,
+                    slot, sequence, later, earlier, headroom, c2, shift, STORED, 0,
                 )),
                 (_group, (
                     own, rows, keys, columns,
                     own_full, rows_full, rows_empty, key_full, key_empty, column_full, column_empty,
                     Toward, StrengthSum, Strength, Norms, LargestGrad, LargestSolution, Bad,
-                    slot, sequence, later, earlier, headroom, c2, shift, 1,
+                    slot, sequence, later, earlier, headroom, c2, shift, STORED, 1,
                 )),
                 (_loader, (
                     KeyTile, GradTile, SolutionTile, own, rows, keys, columns,
@@ -311,7 +311,7 @@ def hopper_toward(run: Run, strength: Any) -> None:
             geometry.heads, geometry.blocks, geometry.length, geometry.headroom, call.c2, call.shift(0),
         ),
         lambda: {
-            "D": D, "E": E, "M": COLUMNS,
+            "D": D, "E": E, "STORED": keys, "M": COLUMNS,
             "STAGES": 4 if room >= 4 else min(room, 2),  # powers of two: `place_in`
             "PACKED": geometry.packed, "num_warps": 4,
         },

@@ -150,9 +150,7 @@ def _adjoint(
         reference = stages.reference(run, key, key_mask, past)
         before = None if past is None else _Past(run, past, reference)
         geometry, at = call.geometry, run.at
-        stages.prepare(
-            run, geometry, at, k, g, y, mask, b, reference, fused=form is stages.Form.FUSED
-        )
+        stages.prepare(run, geometry, at, k, g, y, mask, b, reference, form=form)
         past_sum = None
         if form is not stages.Form.PORTABLE:
             stages.hopper_adjoint(run, form, g, y, dv, k, dk, mask, b)

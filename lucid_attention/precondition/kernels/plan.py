@@ -48,6 +48,11 @@ WIDE_ROUND = 384
 """The same where keys and values have 256 columns: 3 to 4 % faster than 512 for 8 chains of 8K to 32K."""
 MOST_CHAINS = 64
 """At work at a time in the first round."""
+FEW_BLOCKS = 128
+"""About one for each of Hopper's multiprocessors: time is what a chain's steps take, and products cost nothing."""
+LINKED_BLOCKS = 512
+"""Of at most ``LINKED_CHAINS``: there, too, blocks wait for each other more than they compute."""
+LINKED_CHAINS = 8
 MOST_TILES = 256
 """Descriptors that a layout remembers, by address."""
 ALIGNMENT = 256
@@ -172,6 +177,11 @@ class Geometry:
         return self.chains * self.blocks
 
     @property
+    def at_once(self) -> int:
+        """Chains; of a packed batch those that it would be if all its sequences were as long as the longest."""
+        return self.chains * triton.cdiv(self.length, max(1, self.longest))
+
+    @property
     def headroom(self) -> int:
         return headroom(self.longest)
 
@@ -192,15 +202,15 @@ class Geometry:
         return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
-def rounds(geometry: Geometry, most: int = ROUND) -> tuple[int, int]:
+def rounds(geometry: Geometry, most: int = ROUND, parts: int = 1) -> tuple[int, int]:
     """The order of tickets, as ``(wide, deep)``: ``deep`` rows of blocks of ``wide`` chains, then the next chains.
 
     After them come the rows from ``deep`` to ``2 deep``, of half as many chains at a time, and so on: what the
     chains at work read stays about the same, ``most`` blocks.
     """
     if geometry.packed:  # where a block is says nothing of how many come before it
-        return geometry.chains, geometry.blocks
-    wide = min(geometry.chains, MOST_CHAINS)
+        return parts * geometry.chains, geometry.blocks
+    wide = min(parts * geometry.chains, MOST_CHAINS)
     return wide, min(most // wide, geometry.blocks)
 
 
@@ -313,6 +323,13 @@ class Call:
         )
         self.exact = {"CENTRED": self.plan.centred, "PRECISION": self.plan.precision}
         self.geometry = Geometry(key, self.plan.block, offsets, longest)
+        self.few = self.geometry.slots <= FEW_BLOCKS
+        self.linked = (
+            self.hopper and not high and max(self.key_tile, self.solution_tile) <= 128
+            and (self.few or (self.geometry.slots <= LINKED_BLOCKS and self.geometry.at_once <= LINKED_CHAINS))
+        )  # fmt: skip
+        # Columns of values are solved by themselves: a step of 64 is shorter.
+        self.value_parts = self.solution_tile // 64 if self.linked and self.few else 1
         self.parts: Parts | None = None
         self.keep = keep and not interpreted()
         self.kept: dict[int, Kept] = {}
@@ -443,7 +460,8 @@ def call_for(
             pointers |= x.data_ptr()
     if offsets is not None:
         # Of the longest sequence no more matters: batches of many lengths share a call.
-        signature += (offsets.shape[0], headroom(min(longest, key.shape[0])))
+        geometry = Geometry(key, LANE, offsets, longest)
+        signature += (offsets.shape[0], geometry.headroom, geometry.at_once <= LINKED_CHAINS)
         pointers |= offsets.data_ptr()
     keep = keep and not past and pointers % 16 == 0
     known = tuple(signature)

@@ -56,11 +56,14 @@ class Form(enum.Enum):
 
 
 def form_of(call: Call) -> Form:
-    """Without a past. Registers hold both sums of one sweep up to 128 columns, values no wider than keys, ``P`` not in two halves."""
+    """Without a past. Registers hold both sums of one sweep up to 128 columns, values no wider than keys, ``P`` not in two halves.
+
+    One sweep has fewer products, but its steps wait for turns to add as well: not for few blocks.
+    """
     if not call.hopper:
         return Form.PORTABLE
     fused = call.solution_tile <= call.key_tile <= 128 and not call.halves
-    return Form.FUSED if fused else Form.APART
+    return Form.FUSED if fused and not call.few else Form.APART
 
 
 # Memory
@@ -80,22 +83,19 @@ def _prepared(call: Call, geometry: Geometry, *, inverted: bool = True) -> dict[
 
 def solve_parts(call: Call) -> Parts:
     geometry = call.geometry
-    zeros = dict.fromkeys(("done", "largest", "bad"), (INT, geometry.slots))
+    zeros = dict.fromkeys(("largest", "bad"), (INT, geometry.slots))
+    zeros["done"] = (INT, geometry.slots * call.value_parts)
     scratch = _prepared(call, geometry)
     scratch["solved"] = geometry.rows(call.plan.dtype, call.solution_width)
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
-
-
-def sums_width(call: Call, form: Form) -> int:
-    """Columns of the key gradient's sums. `hopper_toward` has whole tiles."""
-    return call.key_tile if form is Form.APART else call.key_width
 
 
 def adjoint_parts(call: Call, form: Form) -> Parts:
     """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where they or tiles are wider up to 1.2, 2.5 (apart 4.0) and 1.2."""
     geometry, plan = call.geometry, call.plan
     fused, hopper = form is Form.FUSED, form is not Form.PORTABLE
-    zeros = dict.fromkeys(("done", "largest", "largest_second", "bad"), (INT, geometry.slots))
+    zeros = dict.fromkeys(("largest", "largest_second", "bad"), (INT, geometry.slots))
+    zeros["done"] = (INT, geometry.slots * call.value_parts)
     # Programs of Hopper's adjoint report by halves of a block, and pass on turns to add.
     zeros["turn"] = (INT, 2 * geometry.slots * fused)
     zeros["norms"] = (INT, 2 * geometry.slots * (form is Form.APART))
@@ -103,7 +103,7 @@ def adjoint_parts(call: Call, form: Form) -> Parts:
     scratch = _prepared(call, geometry)
     scratch["gh"] = geometry.rows(plan.dtype, call.solution_width)
     scratch["yh"] = None if fused else geometry.rows(plan.dtype, call.solution_width)
-    scratch["toward"] = geometry.rows(FLOAT, sums_width(call, form))
+    scratch["toward"] = geometry.rows(FLOAT, call.key_width)
     scratch["sums"] = geometry.rows(FLOAT) if plan.centred else None
     return Parts({"ticket": (INT, 1), **zeros}, scratch)
 
@@ -147,12 +147,12 @@ def prepare(
     reference: Tensor | None,
     *,
     past: bool = False,
-    fused: bool = False,
+    form: Form | None = None,
 ) -> None:
     """Normalised keys, ranges, and, unless the rows are a ``past``, the inverses of the diagonal blocks.
 
     Args:
-        fused: the inverses are for Hopper's fused adjoint.
+        form: of the gradient that they are for; None for the solve.
     """
     call, plan = run.call, run.call.plan
 
@@ -182,9 +182,11 @@ def prepare(
         return in_units(call.width, call.value_width, *strides)
 
     if inverts_in_shared_memory(call):
+        solved = at.solved if form is None else at.gh if form is Form.APART else None
         _hopper_module("inverse").hopper_inverse(
-            run, key, value, second, mask, strength, units, fused=fused
-        )
+            run, key, value, second, mask, strength, units,
+            marked=solved if call.linked else None, fused=form is Form.FUSED,
+        )  # fmt: skip
         return
     run.launch(
         inverse_kernel, geometry.slots,
@@ -250,7 +252,7 @@ def hopper_adjoint(
             *units()[1], *geometry.sizes, geometry.headroom, call.kernel_scale, KEY_EPS,
         ),
         lambda: {
-            "D": call.key_tile, "STORED": sums_width(call, form), "UNIT": units()[0],
+            "D": call.key_tile, "STORED": call.key_width, "UNIT": units()[0],
             "PACKED": geometry.packed, "num_warps": 8,
         },
     )  # fmt: skip

@@ -3,7 +3,8 @@
     python tests/precondition/kernels/machine_code.py '[[40, 20, 300, true, false]]'
 
 takes (head size, value size, length, Hopper's own kernels or the portable ones, which of the former's two
-schedules, for head sizes up to 64: as for many blocks or for few, and the precision), or "decode" and `compile_decode`'s arguments, and prints, for each
+schedules, for head sizes up to 64: late or not, the precision, and for Hopper whether as for few blocks, for more of few chains or
+for many), or "decode" and `compile_decode`'s arguments, and prints, for each
 kernel, the products whose operand descriptors come from kernel arguments, whether the assembler gave
 up on running products beside other work, how long its code is, and how many halves are moved to or from memory one by one. A program of its own: Triton's driver is one to a process.
 """
@@ -155,14 +156,18 @@ def _instructions(code: str) -> Iterator[tuple[str, str]]:
 
 
 def compile_all(
-    width: int, value_width: int, seq: int, hopper: bool, late: bool, precision: str = "default"
-) -> None:
+    width: int, value_width: int, seq: int, hopper: bool, late: bool, precision: str = "default",
+    blocks: str = "many",
+) -> None:  # fmt: skip
     """Every kernel of a call with a strength, forward and backward, and of one with a past."""
     from lucid_attention.precondition.kernels import family, launch, plan
 
     adjoint: Any = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
     adjoint.LATE_FROM = 0 if late else 1 << 30
     plan._calls.clear()
+    # See `plan`: of few blocks, or of more of few chains, steps are made short.
+    plan.FEW_BLOCKS = 128 if blocks == "few" else 0
+    plan.LINKED_BLOCKS = 0 if blocks == "many" else 512
 
     family.has_hopper_kernels = lambda device: hopper  # type: ignore[assignment]
     key = torch.zeros(1, 2, seq, width, dtype=torch.bfloat16)

@@ -15,21 +15,24 @@ SCRIPT = Path(__file__).with_name("launched.py")
 
 
 LONG = [
-    (20, 68, False),
-    (64, 64, True),
-    (68, 68, True),
-    (128, 64, True),
-    (64, 128, True),
-    (256, 256, True),
+    (20, 68, False, False),
+    (64, 64, True, False),
+    (64, 64, True, True),
+    (68, 68, True, False),
+    (68, 68, True, True),
+    (128, 64, True, True),
+    (64, 128, True, True),
+    (128, 128, True, False),
+    (256, 256, True, True),
 ]
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [(16, 16, False), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in LONG)],
+    [(16, 16, False, False), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in LONG)],
     ids=str,
 )
-def test_every_argument_is_in_its_place(sizes: tuple[int, int, bool]) -> None:
+def test_every_argument_is_in_its_place(sizes: tuple[int, int, bool, bool]) -> None:
     root = SCRIPT.parents[3]
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(root)

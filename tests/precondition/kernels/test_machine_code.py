@@ -73,6 +73,22 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
     assert all(line["single"] == 0 for line in found if line["kernel"] == "finish_kernel")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "blocks"), [*((sizes, "few") for sizes in HOPPER if max(sizes) <= 128), ((128, 128), "some"), ((68, 68), "some")]
+)  # fmt: skip
+def test_hopper_kernels_of_few_blocks(sizes: tuple[int, int], blocks: str) -> None:
+    """And of few chains: `hopper_links`."""
+    found = report_of([*sizes, 300, True, False, "default", blocks])
+    names = {line["kernel"] for line in found}
+    apart = blocks == "few" or sizes[1] > sizes[0]
+    assert ("hopper_adjoint_kernel" in names) == (not apart)
+    assert ("hopper_toward_kernel" in names) == apart
+    assert [line for line in found if line["spoiled"] or line["serialised"]] == []
+    assert all(
+        line["bytes"] <= 128 * 1024 for line in found if line["kernel"] != "hopper_adjoint_kernel"
+    )
+
+
 @pytest.mark.parametrize("sizes", HOPPER, ids=str)
 def test_hopper_kernels_in_high_precision(sizes: tuple[int, int]) -> None:
     found = report_of([*sizes, 300, True, False, "high"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -32,11 +33,38 @@ WIDTHS = [
     (84, 90), (96, 96), (136, 140), (160, 150), (192, 192), (192, 128), (180, 100), (201, 256), (256, 256),
     (68, 64), (256, 192),
 ]  # fmt: skip
+BLOCKS = {
+    "few": {},
+    "some": {"FEW_BLOCKS": 0},
+    "many": {"FEW_BLOCKS": 0, "LINKED_BLOCKS": 0},
+}
+"""Limits of `plan`, so that Hopper's kernels take a small call as one of few blocks, of more of few chains, of many chains."""
 SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
 
 
-@pytest.mark.parametrize("width", [64, 68, 96, 128, 256])
+@pytest.fixture
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit in BLOCKS[request.param].items():
+        monkeypatch.setattr(plan, name, limit)
+    monkeypatch.setattr(plan, "_calls", {})  # which it is is kept with a call
+
+
+def of(*names: str) -> pytest.MarkDecorator:
+    """Once for each of these of ``BLOCKS``."""
+    return pytest.mark.parametrize("_blocks", names, indirect=True)
+
+
+def of_all(
+    name: str, values: Sequence[Any], decides: Callable[[Any], bool]
+) -> pytest.MarkDecorator:
+    """Of each of ``BLOCKS`` where it ``decides`` which kernels there are, else once."""
+    cases = [(value, kind) for value in values for kind in (BLOCKS if decides(value) else ("few",))]
+    return pytest.mark.parametrize((name, "_blocks"), cases, indirect=["_blocks"], ids=str)
+
+
+@of_all("width", [64, 68, 96, 128, 256], lambda width: width <= 128)
 @pytest.mark.parametrize("kind", HARD_KEYS)
+@pytest.mark.usefixtures("_blocks")
 def test_hard_keys(kind: str, width: int) -> None:
     leaves = operands(kind, 1, 2, 1000, width, value_width=width, dtype=HALF, device="cuda")
     if kind == "huge":  # 1e4 times a normal number is at float16's end
@@ -50,6 +78,8 @@ def test_hard_keys(kind: str, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL], ids=str)
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS + SMALL_WIDTHS)
+@of("many")
+@pytest.mark.usefixtures("_blocks")
 def test_head_sizes(dtype: torch.dtype, width: int, value_width: int) -> None:
     leaves = operands(
         "cos0.8", 1, 2, 1000, width, value_width=value_width, dtype=dtype, device="cuda"
@@ -60,10 +90,55 @@ def test_head_sizes(dtype: torch.dtype, width: int, value_width: int) -> None:
         close(g, e, y)
 
 
-@pytest.mark.parametrize("dtype", [HALF, FULL], ids=str)
-@pytest.mark.parametrize("width", [64, 128, 68, 96, 256])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
+@pytest.mark.parametrize(
+    ("width", "value_width"), [sizes for sizes in WIDTHS if max(sizes) <= 128 and sizes != (68, 64)]
+)
+@of("few", "some")
+@pytest.mark.usefixtures("_blocks")
+def test_head_sizes_of_few_blocks(dtype: torch.dtype, width: int, value_width: int) -> None:
+    """Values at every multiple of their 64 columns that a part may begin with; strided, which come in words or do not."""
+    leaves = operands("cos0.8", 1, 2, 1000, width, value_width=value_width, dtype=dtype, device="cuda")  # fmt: skip
+    exact = run(widened(leaves), "reference")
+    yardstick = half_inside(leaves)
+    expected = run(leaves, "triton")
+    for g, e, y in zip(expected, exact, yardstick, strict=True):
+        close(g, e, y)
+    for more in (3, 8):
+        wide = leaves[1].new_zeros(1, 2, 1000, value_width + more)
+        wide[..., :value_width] = leaves[1].detach()
+        sliced = [leaves[0], wide[..., :value_width].requires_grad_()]
+        for g, e in zip(run(sliced, "triton"), expected, strict=True):
+            assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("width", [64, 128, 68])
+@of("few", "some")
+@pytest.mark.usefixtures("_blocks")
+def test_no_row_of_an_earlier_call_is_taken(width: int) -> None:
+    """A row that is waited for is known by what lies in memory, where rows of the calls before it may lie."""
+    calls = [
+        operands("cos0.5", 1, 3, 2000, width, value_width=width, dtype=BRAIN, device="cuda")
+        for _ in range(3)
+    ]
+    expected = [run(leaves, "triton") for leaves in calls]
+    for turn in range(60):
+        for g, e in zip(run(calls[turn % 3], "triton"), expected[turn % 3], strict=True):
+            assert torch.equal(g, e)
+    for leaves, outputs in zip(calls, expected, strict=True):
+        for g, e in zip(outputs, run(widened(leaves), "blocked"), strict=True):
+            assert relative_error(g, e) < 1e-2
+
+
+@of_all(
+    "kind",
+    [(dtype, width) for dtype in (HALF, FULL) for width in (64, 128, 68, 96, 256)],
+    lambda kind: kind[0] == HALF and kind[1] <= 128,
+)
 @pytest.mark.parametrize("seq", [1, 15, 63, 64, 65, 127, 128, 129, 255, 257, 2048, 8192])
-def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
+@pytest.mark.usefixtures("_blocks")
+def test_lengths(kind: tuple[torch.dtype, int], seq: int) -> None:
+    dtype, width = kind
     heads = 2 if seq > 4000 else 5
     value_width = width if width in (68, 96, 256) else 64
     leaves = operands("cos0.8", 1, heads, seq, width, value_width=value_width, dtype=dtype, device="cuda")  # fmt: skip
@@ -80,16 +155,19 @@ def test_lengths(dtype: torch.dtype, width: int, seq: int) -> None:
             assert relative_error(g, e) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("width", "value_width"),
+@of_all(
+    "sizes",
     [
         (64, 64), (128, 128), (68, 68), (84, 84), (40, 40), (20, 20), (256, 256), (136, 136),
         (64, 128), (180, 100),
     ],
+    lambda sizes: 32 < max(sizes) <= 128,
 )  # fmt: skip
 @pytest.mark.parametrize("case", ["left", "right", "anywhere", "packed", "strength", "past"])
-def test_layouts(case: str, width: int, value_width: int) -> None:
+@pytest.mark.usefixtures("_blocks")
+def test_layouts(case: str, sizes: tuple[int, int]) -> None:
     """Against float64, in bfloat16, with NaN wherever nothing should be read."""
+    width, value_width = sizes
     leaves = operands(
         "cos0.5", 2, 2, 700, width, value_width=value_width, dtype=BRAIN, device="cuda"
     )
@@ -222,6 +300,8 @@ def test_high_precision_of_other_layouts(case: str, width: int, value_width: int
 
 
 @pytest.mark.parametrize("case", ["padded", "packed", "strength", "long"])
+@of("many")
+@pytest.mark.usefixtures("_blocks")
 def test_schedules_change_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a block gives what it owes to the others is a matter of speed."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -284,6 +364,8 @@ def test_more_blocks_than_the_card_holds(
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("programs", [1, 3, 64])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_any_number_of_programs(
     programs: int, packed: bool, width: int, value_width: int, late: bool, precision: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -312,6 +394,8 @@ def test_any_number_of_programs(
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
 @pytest.mark.parametrize("place", ["key", "value"])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_nan_stays_where_it_is(place: str, width: int) -> None:
     leaves = operands("cos0.5", 2, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
     clean = run(leaves, "triton")
@@ -329,6 +413,8 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("width", [64, 128, 68, 84, 256, 136])
 @pytest.mark.parametrize("packed", [False, True])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
     """Hopper's own kernels with every allocation full of NaN; the portable ones in test_kernels.py."""
     assert torch.empty(3, device="cuda").isnan().all()
@@ -343,6 +429,8 @@ def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_kept_kernels_fit_later_calls(width: int) -> None:
     """A launch that skips Triton's own look at the arguments must not meet others than it was made for."""
     leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
@@ -367,6 +455,8 @@ def test_kept_kernels_fit_later_calls(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_gradients_far_below_float16(width: int) -> None:
     leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
     grad = torch.randn(1, 2, 700, width, device="cuda", dtype=BRAIN)
@@ -397,6 +487,8 @@ def test_float32_at_length(width: int) -> None:
         (128, "high"),
     ],
 )
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_a_thousand_launches_beside_other_work(width: int, precision: str) -> None:
     """The chain of blocks is a race to be lost: other streams hold part of the card all the time."""
     leaves = operands("cos0.5", 1, 5, 1500, width, value_width=width, dtype=BRAIN, device="cuda")
@@ -417,6 +509,8 @@ def test_a_thousand_launches_beside_other_work(width: int, precision: str) -> No
 
 @pytest.mark.xdist_group("large")  # tens of gigabytes: one after another
 @pytest.mark.parametrize("width", [64, 68, 256])
+@of("many")  # the last head alone, too
+@pytest.mark.usefixtures("_blocks")
 def test_addresses_beyond_32_bits(width: int) -> None:
     """More than 2^31 elements: the last head is what it is alone."""
     seq = 2048
@@ -435,6 +529,8 @@ def test_addresses_beyond_32_bits(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
+@of("few", "many")
+@pytest.mark.usefixtures("_blocks")
 def test_triangular_gradients_on_this_card(width: int) -> None:
     """Triton 3.4 to 3.7.0 miscompile some transposed products on Hopper: every block, by itself."""
     leaves = operands("cos0.8", 1, 4, 512, width, value_width=width, dtype=HALF, device="cuda")

@@ -223,6 +223,7 @@ def test_rounds() -> None:
     assert found(1, 8, 131072) == (8, plan.ROUND // 8)
     packed = Geometry(torch.empty(1000, 3, 1, device="meta"), 128, torch.tensor([0, 7, 1000]), 993)
     assert rounds(packed) == (3, packed.blocks)
+    assert rounds(packed, parts=2) == (6, packed.blocks)
 
 
 # Packed batches

@@ -35,9 +35,9 @@ def as_tiles(operand: Tensor) -> Tensor:
 
 
 def prepared(
-    given: Given, monkeypatch: pytest.MonkeyPatch, *, hopper: bool
+    given: Given, monkeypatch: pytest.MonkeyPatch, *, hopper: bool, few: bool = False
 ) -> list[dict[str, Any]]:
-    """What `prepare` left for the solve and for the adjoint solve."""
+    """What `prepare` left for the solve and for the adjoint solve, as of many blocks or of ``few``."""
     from lucid_attention.precondition.kernels import launch, plan, stages
 
     found: list[dict[str, Any]] = []
@@ -46,14 +46,27 @@ def prepared(
     def noting(run: Any, geometry: Any, at: Any, *args: Any, **options: Any) -> None:
         assert stages.inverts_in_shared_memory(run.call) == hopper
         prepare(run, geometry, at, *args, **options)
-        names = ("keys", "live", "largest", "bad", "inverse", "largest_second", "table")
+        names = (
+            "keys",
+            "live",
+            "largest",
+            "bad",
+            "inverse",
+            "largest_second",
+            "table",
+            "solved",
+            "gh",
+        )
         parts = {name: getattr(at, name, None) for name in names}
         found.append({name: None if x is None else x.clone() for name, x in parts.items()})
-        found[-1]["operand"] = hopper and options.get("fused", False)
+        found[-1]["operand"] = hopper and options.get("form") is stages.Form.FUSED
         found[-1]["shape"] = geometry.chains, geometry.blocks
 
     with monkeypatch.context() as patch:
         patch.setattr(plan, "_calls", {})
+        if not few:
+            patch.setattr(plan, "FEW_BLOCKS", 0)
+            patch.setattr(plan, "LINKED_BLOCKS", 0)
         patch.setattr(stages, "prepare", noting)
         # Only the blocks are looked at.
         patch.setattr(stages, "solve", lambda *args: None)
@@ -132,6 +145,32 @@ def given_for(
     return {"key": key, "value": value, "grad": grad} | dict.fromkeys(
         ("strength", "mask", "offsets")
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("width", "value_width"), WIDTHS)
+def test_rows_of_few_blocks_are_marked(
+    width: int, value_width: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word of what the solve writes; all else is as it is of many."""
+    given = given_for(width, value_width, 700)
+    if packed:
+        for name in ("key", "value", "grad"):
+            given[name] = given[name][1].transpose(0, 1).contiguous()
+        given["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
+    torch.full((1 << 26,), 1, dtype=torch.uint8, device="cuda")  # what allocations find
+    few = prepared(given, monkeypatch, hopper=True, few=True)
+    many = prepared(given, monkeypatch, hopper=True)
+    for found, others, rows in zip(few, many, ("solved", "gh"), strict=True):
+        assert not found["operand"]
+        chains, blocks = found["shape"]
+        assert found[rows].shape[0] == chains * blocks * 128
+        assert (found[rows].view(torch.int16) == -1).all()
+        for name in ("keys", "live", "largest", "bad", "largest_second"):
+            assert (found[name] is None) == (others[name] is None)
+            assert found[name] is None or torch.equal(found[name], others[name]), name
+        inverse = as_tiles(others["inverse"]) if others["operand"] else others["inverse"]
+        assert torch.equal(found["inverse"], inverse)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
