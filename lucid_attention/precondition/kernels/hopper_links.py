@@ -9,7 +9,7 @@ Two things make the step from ``y_last`` to ``y`` short. The *link* ``W`` is kno
 `hopper_inverse` writes, and whoever waits for them reads them until no word is a mark any more.
 
 A mark is 32 bits of ones, two float16 NaNs that no conversion gives. Each word says of itself that it is there: no order between them is
-needed. Blocks that come later are told by the counter, as ever, and copy.
+needed, only that an aligned word is never seen half written. Blocks that come later are told by the counter, as ever, and copy.
 """
 
 from __future__ import annotations
