@@ -66,7 +66,7 @@ def precondition(
         precision: of float16 and bfloat16 inputs inside the kernels. ``"default"`` rounds ``L``'s entries to
             float16, an error that grows with length where keys are alike: at 128K tokens, cosine .8 and ``head_dim``
             128, 5e-3 before ``Y`` itself is rounded (which ``out_dtype=torch.float32`` spares it). ``"high"`` takes
-            them in two halves, 6e-4 there, for 1.1 to 1.6 times the time forward and 1.1 to 2.1 times backward where
+            them in two halves, 6e-4 there, for 1.1 to 1.6 times the time forward (few heads: up to 2.3) and 1.0 to 2.2 times backward where
             Hopper's own kernels serve (head sizes above 32, mostly with ``value_dim`` alike; no ``past``); other
             calls are then computed in float32, at a tenth of the speed or less. Wider inputs and the other implementations
             have more precision than either. It has nothing to do with PyTorch's setting for float32 products.

@@ -39,7 +39,7 @@ class TrainConfig:
         kernel_scale: of LUCID, above 0; None is the checkpoint's, or one over the root of the head size
             (`lucid_attention.hf.enable`).
         solve_precision: of the solve, as ``precision`` of `lucid_attention.precondition`: "high" does not round ``P`` to float16, for
-            1.1 to 1.6 times the solve's time forward. It is not saved with the model.
+            1.1 to 1.6 times the solve's time forward (few heads: up to 2.3). It is not saved with the model.
         strength_learning_rate: of a learned strength, which AdamW (other optimisers less, or not) moves by about so much a step, whatever
             its gradient: at the rate of other parameters it would hardly leave 0. It follows the schedule of ``learning_rate`` and has no weight decay.
         strength_steps: optimiser steps over which a fixed strength rises from 0; 0: it is there from the start.

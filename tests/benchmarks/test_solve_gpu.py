@@ -82,6 +82,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert [line.kernel for line in lines] == ["hopper_solve_kernel", "prepare_kernel", "others", "gaps"]  # fmt: skip
     assert [line.share for line in lines] == pytest.approx([0.7, 0.1, 0.1, 0.1])
     assert lines[2].launches == 2
+    assert gpu.in_kernels(lines) == pytest.approx(sum(line.ms for line in lines[:3]))
     where = {"dtype": "bfloat16", "batch": 4, "kv_heads": 8, "head_dim": 64, "seq": 4096}
     stages = [{**where, "pass": "forward", **line._asdict()} for line in lines]
     text = report.solve_tables(measured, stages, FACTS)

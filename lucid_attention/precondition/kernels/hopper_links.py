@@ -9,7 +9,12 @@ Two things make the step from ``y_last`` to ``y`` short. The *link* ``W`` is kno
 `hopper_inverse` writes, and whoever waits for them reads them until no word is a mark any more.
 
 A mark is 32 bits of ones, two float16 NaNs that no conversion gives. Each word says of itself that it is there: no order between them is
-needed, only that an aligned word is never seen half written. Blocks that come later are told by the counter, as ever, and copy.
+needed, only that an aligned word is never seen half written. Blocks that come later copy, once the counter says so. It counts
+halves of blocks, of which a later one may come before an earlier one's here: but who finishes block k has seen all words of k - 1, and so on, so that
+whatever is counted, all blocks before it are in memory.
+
+``v - b sum_{i < last} P_i y_i`` and ``T`` times it are a right-hand side and a solution of the sequence without the rows of ``last``: the bounds that keep
+right-hand sides and solutions in float16's range hold for them, too.
 """
 
 from __future__ import annotations
@@ -53,7 +58,10 @@ def rows_layout(columns):
 
 @gluon.jit
 def once_written(Rows, row, first_column, E: gl.constexpr, STORED: gl.constexpr):
-    """64 rows from ``row``, ``E`` columns, of marked rows of ``STORED``, once they are written; 0 beyond ``STORED``."""
+    """64 rows from ``row``, ``E`` columns, of marked rows of ``STORED``, once they are written; 0 beyond ``STORED``.
+
+    Threads without columns look at the rows' first ones, which the first part of the same block writes, under a smaller ticket.
+    """
     layout: gl.constexpr = rows_layout(E)
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
     column = first_column + gl.arange(0, E, gl.SliceLayout(0, layout))
@@ -73,8 +81,8 @@ def once_written(Rows, row, first_column, E: gl.constexpr, STORED: gl.constexpr)
 
 
 @gluon.jit
-def write(Rows, row, first_column, x, STORED: gl.constexpr):
-    """Write 64 rows over marks."""
+def write_rows(Rows, row, first_column, x, STORED: gl.constexpr):
+    """Write 64 rows over marks: by words of four bytes at least (``STORED`` is a multiple of 16), never by halves of one."""
     E: gl.constexpr = x.shape[1]
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, rows_layout(E)))
     column = first_column + gl.arange(0, E, gl.SliceLayout(0, rows_layout(E)))

@@ -11,7 +11,8 @@ precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks o
 * Values of two bytes go to shared memory while the sweep runs, without registers (``ASYNC``), if rows come in words of four bytes.
 * Each group of four warps owns half of the block's rows. It never waits for the other in the loop:
   the tensor core computes the next similarities and adds up the last product while the
-  exponentials are taken. Only the block's own inverse needs the other half, once, at the end.
+  exponentials are taken. Only the block's own inverse needs the other half, once, at the end (``LINKED``: once more before the
+  loop, and for what was read by halves).
 * ``Done`` counts halves of blocks here, from the block of the sequence that is solved first.
 
 ``REVERSED`` solves ``L^T dV = dY`` instead, from a sequence's last block to its first, where the key
@@ -41,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..implementation import multiprocessors
-from .hopper_links import as_link, once_written, rows_layout, write
+from .hopper_links import as_link, once_written, rows_layout, write_rows
 from .hopper_rows import factors, store_rows, values_at
 from .hopper_tiles import (
     as_long,
@@ -507,7 +508,7 @@ def _compute(
         mine.store(y.to(gl.float16))
         start = (chain * blocks + block) * 128 + 64 * GROUP
         if LINKED:
-            write(Yh, start, value_column, mine.load(plain), STORED)
+            write_rows(Yh, start, value_column, mine.load(plain), STORED)
         else:
             fence_async_shared()
             gl.thread_barrier()
@@ -583,7 +584,9 @@ def hopper_solve_kernel(
         gl.int32, [6 + STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     # A phase is one use of a ring's slot, or one ticket. "full": one arrival, by the loader with
-    # the bytes that it announces (right_full: by the half that is solved first); "empty": one by each group that reads.
+    # the bytes that it announces (right_full: by the half that is solved first; solution_full, of a tile that the groups
+    # read themselves: without bytes); "empty": one by each group that reads; came: both groups have read their half of it.
+    # The note: member, block, first block, first row, end of the rows, tiles; from 6 on, for each slot, whether its tile is late.
     one: gl.constexpr = mbarrier.MBarrierLayout()
     own_full = gl.allocate_shared_memory(gl.int64, [1], one)
     own_empty = gl.allocate_shared_memory(gl.int64, [1], one)

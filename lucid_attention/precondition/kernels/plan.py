@@ -48,11 +48,11 @@ WIDE_ROUND = 384
 """The same where keys and values have 256 columns: 3 to 4 % faster than 512 for 8 chains of 8K to 32K."""
 MOST_CHAINS = 64
 """At work at a time in the first round."""
-FEW_BLOCKS = 128
-"""About one for each of Hopper's multiprocessors: time is what a chain's steps take, and products cost nothing."""
-LINKED_BLOCKS = 512
-"""Of at most ``LINKED_CHAINS``: there, too, blocks wait for each other more than they compute."""
-LINKED_CHAINS = 8
+FEW_BLOCKS, FEW_CHAINS = 128, 16
+"""At most so many blocks of so many chains are few: about one for each of Hopper's multiprocessors, so that time is what a chain's
+steps take, and products cost nothing. Of more chains, which have few steps then, nothing was measured."""
+LINKED_BLOCKS, LINKED_CHAINS = 512, 8
+"""The same for short steps alone (`hopper_links`): up to here blocks wait for each other more than they compute."""
 MOST_TILES = 256
 """Descriptors that a layout remembers, by address."""
 ALIGNMENT = 256
@@ -205,6 +205,8 @@ class Geometry:
 def rounds(geometry: Geometry, most: int = ROUND, parts: int = 1) -> tuple[int, int]:
     """The order of tickets, as ``(wide, deep)``: ``deep`` rows of blocks of ``wide`` chains, then the next chains.
 
+    With ``parts`` of a chain's columns of values each is a chain.
+
     After them come the rows from ``deep`` to ``2 deep``, of half as many chains at a time, and so on: what the
     chains at work read stays about the same, ``most`` blocks.
     """
@@ -323,10 +325,11 @@ class Call:
         )
         self.exact = {"CENTRED": self.plan.centred, "PRECISION": self.plan.precision}
         self.geometry = Geometry(key, self.plan.block, offsets, longest)
-        self.few = self.geometry.slots <= FEW_BLOCKS
+        slots, chains = self.geometry.slots, self.geometry.at_once
+        self.few = slots <= FEW_BLOCKS and chains <= FEW_CHAINS
         self.linked = (
             self.hopper and not high and max(self.key_tile, self.solution_tile) <= 128
-            and (self.few or (self.geometry.slots <= LINKED_BLOCKS and self.geometry.at_once <= LINKED_CHAINS))
+            and (self.few or (slots <= LINKED_BLOCKS and chains <= LINKED_CHAINS))
         )  # fmt: skip
         # Columns of values are solved by themselves: a step of 64 is shorter.
         self.value_parts = self.solution_tile // 64 if self.linked and self.few else 1
@@ -461,7 +464,8 @@ def call_for(
     if offsets is not None:
         # Of the longest sequence no more matters: batches of many lengths share a call.
         geometry = Geometry(key, LANE, offsets, longest)
-        signature += (offsets.shape[0], geometry.headroom, geometry.at_once <= LINKED_CHAINS)
+        few = (geometry.at_once <= FEW_CHAINS, geometry.at_once <= LINKED_CHAINS)
+        signature += (offsets.shape[0], geometry.headroom, few)
         pointers |= offsets.data_ptr()
     keep = keep and not past and pointers % 16 == 0
     known = tuple(signature)

@@ -91,7 +91,7 @@ def solve_parts(call: Call) -> Parts:
 
 
 def adjoint_parts(call: Call, form: Form) -> Parts:
-    """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where they or tiles are wider up to 1.2, 2.5 (apart 4.0) and 1.2."""
+    """Memory in units of the values': gh 1 and toward 2, apart yh 1 as well; where their workspaces are wider up to 1.2, 2.5 and 1.2."""
     geometry, plan = call.geometry, call.plan
     fused, hopper = form is Form.FUSED, form is not Form.PORTABLE
     zeros = dict.fromkeys(("largest", "largest_second", "bad"), (INT, geometry.slots))

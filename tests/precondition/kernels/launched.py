@@ -1,8 +1,8 @@
 """What launches by address pass on, beside what Triton's own way passes on, for the same operands.
 
-    python tests/precondition/kernels/launched.py '[[68, 68, false, false]]'
+    python tests/precondition/kernels/launched.py '[[68, 68, false, "few"]]'
 
-takes (head size, value size, Hopper's own kernels or the portable ones, and these as for few blocks or for many), launches nothing, and prints for each call
+takes (head size, value size, Hopper's own kernels or the portable ones, and these as for few blocks, as for more of few chains, "some", or for many), launches nothing, and prints for each call
 the launches that differ. A program of its own, as ``machine_code.py`` is.
 """
 
@@ -94,9 +94,10 @@ def main() -> None:
         module: Any = importlib.import_module(f"lucid_attention.precondition.kernels.{name}")
         module.multiprocessors = lambda device: 132
     report = []
-    few = plan.FEW_BLOCKS, plan.LINKED_BLOCKS
-    for width, value_width, hopper, many in json.loads(sys.argv[1]):
-        plan.FEW_BLOCKS, plan.LINKED_BLOCKS = (0, 0) if many else few
+    limits = plan.FEW_BLOCKS, plan.LINKED_BLOCKS
+    for width, value_width, hopper, blocks in json.loads(sys.argv[1]):
+        plan.FEW_BLOCKS = limits[0] if blocks == "few" else 0
+        plan.LINKED_BLOCKS = 0 if blocks == "many" else limits[1]
         family.has_hopper_kernels = lambda device, answer=hopper: answer  # type: ignore[assignment]
         for kind in ("plain", "masked", "packed"):
             plan._calls.clear()

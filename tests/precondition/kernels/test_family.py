@@ -61,13 +61,25 @@ def test_few_blocks(width: int, value_width: int) -> None:
     assert stages.form_of(found) is Form.APART
     assert found.linked
     assert found.value_parts == (1 if value_width == 64 else 2)
-    zeros, _ = stages.solve_parts(found)._sizes
-    assert zeros >= 4 * 128 * found.value_parts  # a counter for each
+    for parts in (stages.solve_parts(found), stages.adjoint_parts(found, Form.APART)):
+        done = parts.tensor("done", parts.buffers(torch.device("cpu")))
+        assert done is not None
+        assert done.numel() == 128 * found.value_parts
     more = call(width, value_width, batch=43, heads=3, seq=128)
     assert more.geometry.slots == 129
     assert not more.linked
     assert more.value_parts == 1
     assert stages.form_of(more) is (Form.APART if (width, value_width) == (64, 128) else Form.FUSED)
+
+
+def test_many_short_chains_are_not_few() -> None:
+    """They have hardly any steps, and two kernels more would count."""
+    assert call(64, 64, batch=16, heads=1, seq=128).few
+    assert not call(64, 64, batch=17, heads=1, seq=128).few
+    offsets = torch.zeros(65, dtype=torch.int32)
+    key = torch.empty(8192, 1, 64, dtype=HALF)
+    few = [call_for(key, key, 0.1, (), offsets, longest).few for longest in (512, 500, 8192, 400)]
+    assert few == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_hopper_kernels(sizes: tuple[int, int], late: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "blocks"), [*((sizes, "few") for sizes in HOPPER if max(sizes) <= 128), ((128, 128), "some"), ((68, 68), "some")]
+    ("sizes", "blocks"), [*((sizes, "few") for sizes in HOPPER if max(sizes) <= 128), ((128, 128), "some"), ((68, 68), "some"), ((64, 128), "some")]
 )  # fmt: skip
 def test_hopper_kernels_of_few_blocks(sizes: tuple[int, int], blocks: str) -> None:
     """And of few chains: `hopper_links`."""
@@ -87,6 +87,8 @@ def test_hopper_kernels_of_few_blocks(sizes: tuple[int, int], blocks: str) -> No
     assert all(
         line["bytes"] <= 128 * 1024 for line in found if line["kernel"] != "hopper_adjoint_kernel"
     )
+    # Half a word over a mark would be taken for a word.
+    assert all(line["single"] == 0 for line in found if line["kernel"] == "hopper_solve_kernel")
 
 
 @pytest.mark.parametrize("sizes", HOPPER, ids=str)
