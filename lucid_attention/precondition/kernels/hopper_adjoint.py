@@ -99,6 +99,7 @@ from .hopper_tiles import (
     operand,
     power_of_two,
     range_exponent,
+    rows_layout,
     stores_done,
 )
 from .plan import SHIFT_BACKWARD, in_units, rounds
@@ -201,7 +202,7 @@ def _group(
         first_row = read_note(note, ticket, 3, 4)
         count = read_note(note, ticket, 4, 4)
         # The block's own Y, in range for T: one power of two for the block, so both groups' rows count.
-        plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+        plain: gl.constexpr = rows_layout(E)
         row = 64 * W + gl.arange(0, 64, layout=gl.SliceLayout(1, plain))
         column = gl.arange(0, E, layout=gl.SliceLayout(0, plain))
         batch = read_note(note, ticket, 5, 4).to(gl.int64)

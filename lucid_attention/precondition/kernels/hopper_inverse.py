@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..numerics import KEY_EPS
 from .hopper_links import marks
-from .hopper_tiles import accumulator, anew, exp2, operand, stores_done
+from .hopper_tiles import accumulator, anew, exp2, operand, rows_layout, stores_done
 from .prepare import INFINITY_BITS
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _finite_rows(x):
 @gluon.jit
 def _inspect(base, stride, width, rows, live, Largest, W: gl.constexpr, layout: gl.constexpr):
     """Which rows are finite; the largest magnitude of what is finite goes to ``Largest``."""
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // W, W // 8], [4, 1], [1, 0])
+    plain: gl.constexpr = rows_layout(W)
     rows = gl.convert_layout(rows, gl.SliceLayout(1, plain))
     live = gl.convert_layout(live, gl.SliceLayout(1, plain))
     x = _load(base, stride, width, rows, live, W, plain)
@@ -327,8 +327,8 @@ def hopper_inverse_kernel(
         seconds = Second + (batch * second_b + head * second_h) * UNIT
     twice = 2 + anew()  # a loop that is not unrolled
 
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    value_plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    plain: gl.constexpr = rows_layout(D)
+    value_plain: gl.constexpr = rows_layout(E)
     ROWS: gl.constexpr = 4096 // D  # in float32 at a time
     # Registers hold all rows of a half at once if there are no others, and addresses are few.
     AHEAD: gl.constexpr = ROWS < 64 and Second is None and UNIT == 1

@@ -22,7 +22,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_tiles import as_long, power_of_two
+from .hopper_tiles import as_long, power_of_two, rows_layout
 
 
 @gluon.jit
@@ -48,12 +48,6 @@ def _until_written(count, apart):
 @gluon.constexpr_function
 def _constraints(outputs, inputs):
     return ",".join(["=&r"] * outputs + ["l"] * inputs)
-
-
-@gluon.constexpr_function
-def rows_layout(columns):
-    """64 rows of four warps, 16 bytes of a row a thread."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
 
 
 @gluon.jit

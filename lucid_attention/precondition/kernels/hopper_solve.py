@@ -6,7 +6,7 @@ precision, tiles of 64, 128 or 256 columns (`family.HOPPER_WIDTHS`) and blocks o
 * A program stays on its multiprocessor and takes tickets until there are none left. It takes a
   ticket when everything for the one before it is loaded, and finishes its tickets in order, so that
   it still only waits for smaller tickets: no deadlock.
-* The loading warp takes the tickets, waits for the chain and copies tiles into two rings of
+* The loading warp (`hopper_feed`) takes the tickets, waits for the chain and copies tiles into two rings of
   shared memory. Keys are copied before the wait for the solution that goes with them.
 * Values of two bytes go to shared memory while the sweep runs, without registers (``ASYNC``), if rows come in words of four bytes.
 * Each group of four warps owns half of the block's rows. It never waits for the other in the loop:
@@ -42,16 +42,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..implementation import multiprocessors
-from .hopper_links import as_link, once_written, rows_layout, write_rows
+from .hopper_feed import load, quadrants_in, step
+from .hopper_links import as_link, once_written, write_rows
 from .hopper_rows import factors, store_rows, values_at
 from .hopper_tiles import (
     as_long,
-    look_at,
-    place_ticket,
     power_of_two,
     range_exponent,
+    rows_layout,
     stores_done,
-    wait_for,
 )
 from .plan import ROUND, SHIFT_FORWARD, WIDE_ROUND, in_units, in_words, rounds
 
@@ -65,157 +64,6 @@ HALVES_COLUMNS = 64
 """The same with ``P`` in two halves: with 128 columns there are no registers for more; with 64, 128 rows take
 0 to 4 % less time forward and -1 to 3 % more backward."""
 _SHARED = 225 * 1024  # of 227 KiB: the rest is for barriers and what the compiler needs
-
-
-@gluon.jit
-def _step(slot, phase, STAGES: gl.constexpr):
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
-    return slot, phase
-
-
-@gluon.jit
-def _quadrants(solution, slot):
-    """The block's inverse in the place of a tile of the solution."""
-    return solution.index(slot)._reinterpret(gl.float16, [4, 64, 64], solution.layout)
-
-
-@gluon.jit
-def _loader(
-    KhTile, YhTile, TTile, Blocks, Done, Ticket,
-    own, keys, solution, inverse, note,
-    own_full, own_empty, key_full, key_empty, solution_full, solution_empty,
-    inverse_full, inverse_empty,
-    chains, blocks, wide, deep, length,
-    M: gl.constexpr, PACKED: gl.constexpr, REVERSED: gl.constexpr, TIGHT: gl.constexpr, LINKED: gl.constexpr,
-    PARTS: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-):  # fmt: skip
-    """One warp: tickets, the wait for the chain, all copies to shared memory."""
-    PER: gl.constexpr = 128 // M
-    STEP: gl.constexpr = -M if REVERSED else M
-    EARLY: gl.constexpr = 1 if LINKED else 0
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    total = chains * blocks
-    key_slot = 0
-    key_phase = 0
-    slot = 0
-    phase = 0
-    turn = 0
-    ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
-    while ticket < total:
-        member, block = place_ticket(ticket, chains, blocks, wide, deep)
-        chain = member // PARTS
-        value_column = member % PARTS * E
-        if REVERSED:
-            block = blocks - 1 - block
-        first = 0
-        row = block * 128
-        count = length
-        if PACKED:
-            row = gl.load(Blocks + block)
-            count = gl.load(Blocks + blocks + block)
-            first = gl.load(Blocks + 2 * blocks + block)
-        if count > 0:
-            counter = Done + (member * blocks + first)
-            here = (chain * blocks + block) * 128
-            column = (chain * blocks + first) * 128
-            n = (block - first) * PER
-            if REVERSED:
-                end = blocks
-                if PACKED:
-                    end = gl.load(Blocks + 3 * blocks + block)
-                column = (chain * blocks + end) * 128 - M
-                n = (end - 1 - block) * PER
-            mbarrier.wait(own_empty, turn ^ 1)
-            note.index(0).store(gl.full([1], member, gl.int32, one))
-            note.index(1).store(gl.full([1], block, gl.int32, one))
-            note.index(2).store(gl.full([1], first, gl.int32, one))
-            if PACKED:
-                note.index(3).store(gl.full([1], row, gl.int32, one))
-                note.index(4).store(gl.full([1], row + count, gl.int32, one))
-            if REVERSED:
-                note.index(5).store(gl.full([1], n, gl.int32, one))
-            mbarrier.expect(own_full, 128 * D * 2)
-            for part in gl.static_range(PER):
-                tma.async_copy_global_to_shared(
-                    KhTile, [here + part * M, 0], own_full, own.index(part)
-                )
-            # Step j brings the keys of tile j and the solution of tile j - 1, in the order of use.
-            ready = 0
-            if LINKED:
-                # The last tile's keys come first, with the inverse: see `_compute`.
-                mbarrier.wait(inverse_empty, turn ^ 1)
-                mbarrier.expect(inverse_full, 3 * 64 * 64 * 2)
-                quadrant = (here // 128) * 192
-                for k in gl.static_range(3):
-                    tma.async_copy_global_to_shared(
-                        TTile, [quadrant + k * 64, 0], inverse_full, inverse.index(k)
-                    )
-                if n > 0:
-                    mbarrier.wait(key_empty.index(key_slot), key_phase ^ 1)
-                    bar = key_full.index(key_slot)
-                    mbarrier.expect(bar, M * D * 2)
-                    tma.async_copy_global_to_shared(
-                        KhTile, [column + (n - 1) * STEP, 0], bar, keys.index(key_slot)
-                    )
-                    key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
-            for j in range(n + 1):
-                if j < n - EARLY:
-                    mbarrier.wait(key_empty.index(key_slot), key_phase ^ 1)
-                    bar = key_full.index(key_slot)
-                    mbarrier.expect(bar, M * D * 2)
-                    tma.async_copy_global_to_shared(
-                        KhTile, [column + j * STEP, 0], bar, keys.index(key_slot)
-                    )
-                    key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
-                if not LINKED and j == gl.maximum(n - PER + 1, 0):
-                    # Everything up to the last block is under way: now what comes after it.
-                    if TIGHT:
-                        mbarrier.wait(solution_empty.index(slot), phase ^ 1)
-                        bar = solution_full.index(slot)
-                        place = _quadrants(solution, slot)
-                        slot, phase = _step(slot, phase, solution.shape[0])
-                    else:
-                        mbarrier.wait(inverse_empty, turn ^ 1)
-                        bar = inverse_full
-                        place = inverse
-                    mbarrier.expect(bar, 3 * 64 * 64 * 2)
-                    quadrant = (here // 128) * 192
-                    for k in gl.static_range(3):
-                        tma.async_copy_global_to_shared(
-                            TTile, [quadrant + k * 64, 0], bar, place.index(k)
-                        )
-                if j > 0:
-                    mbarrier.wait(solution_empty.index(slot), phase ^ 1)
-                    need = 2 * ((j - 1) // PER + 1)
-                    bar = solution_full.index(slot)
-                    if LINKED:
-                        if ready < need:
-                            if j == n:  # noqa: SIM108 (not both)
-                                ready = look_at(counter)
-                            else:
-                                ready = wait_for(counter, need)
-                        # The last one is not waited for: the other warps read it as it is written.
-                        late = (ready < need).to(gl.int32)
-                        note.index(6 + slot).store(gl.full([1], late, gl.int32, one))
-                    else:
-                        late = 0
-                        if ready < need:
-                            ready = wait_for(counter, need)
-                    if late > 0:
-                        mbarrier.arrive(bar, count=1)
-                    else:
-                        mbarrier.expect(bar, M * E * 2)
-                        place = [column + (j - 1) * STEP, value_column]
-                        tma.async_copy_global_to_shared(YhTile, place, bar, solution.index(slot))
-                    slot, phase = _step(slot, phase, solution.shape[0])
-            turn ^= 1
-        ticket = gl.atomic_add(Ticket, 1, sem="relaxed")
-    mbarrier.wait(own_empty, turn ^ 1)
-    note.index(0).store(gl.full([1], -1, gl.int32, one))
-    mbarrier.arrive(own_full, count=1)
 
 
 @gluon.jit
@@ -351,7 +199,7 @@ def _compute(
                 )  # fmt: skip
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
-                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+                key_slot, key_phase = step(key_slot, key_phase, keys.shape[0])
                 # As it is multiplied: what is rounded alike cancels.
                 s = gl.where(live[:, None], gl.exp2(s * c2 + shift), 0.0).to(gl.float16)
                 s = _times_inverse(
@@ -392,7 +240,7 @@ def _compute(
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(key_empty.index(key_slot), count=1)
             p, rest = _halves(gl.exp2(s * c2 + shift), left, HALVES)
-            key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+            key_slot, key_phase = step(key_slot, key_phase, keys.shape[0])
             mbarrier.wait(key_full.index(key_slot), key_phase, pred=n > 1)
             for i in range(n - PER):
                 s = warpgroup_mma(
@@ -409,8 +257,8 @@ def _compute(
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
                 e = gl.exp2(s * c2 + shift)
                 last = slot
-                slot, phase = _step(slot, phase, solution.shape[0])
-                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+                slot, phase = step(slot, phase, solution.shape[0])
+                key_slot, key_phase = step(key_slot, key_phase, keys.shape[0])
                 mbarrier.wait(key_full.index(key_slot), key_phase, pred=i < n - 2)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 p, rest = _halves(e, left, HALVES)
@@ -422,7 +270,7 @@ def _compute(
                 )  # fmt: skip
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(key_empty.index(key_slot), count=1)
-                key_slot, key_phase = _step(key_slot, key_phase, keys.shape[0])
+                key_slot, key_phase = step(key_slot, key_phase, keys.shape[0])
                 p2, rest2 = _halves(gl.exp2(s * c2 + shift), left, HALVES)
         if TIGHT:
             gl.thread_barrier()  # all warps' products with the keys are done: now other rows take their place
@@ -455,10 +303,10 @@ def _compute(
 
         quadrants = inverse
         if TIGHT:
-            quadrants = _quadrants(solution, slot)
+            quadrants = quadrants_in(solution, slot)
             mbarrier.wait(solution_full.index(slot), phase)
             held = slot
-            slot, phase = _step(slot, phase, solution.shape[0])
+            slot, phase = step(slot, phase, solution.shape[0])
         acc = warpgroup_mma_init(acc)
         if n > 0:
             mbarrier.wait(solution_full.index(slot), phase)
@@ -466,7 +314,7 @@ def _compute(
             if HALVES:
                 acc = warpgroup_mma(rest, solution.index(slot), acc, is_async=True)
             if PER == 2:
-                other, other_phase = _step(slot, phase, solution.shape[0])
+                other, other_phase = step(slot, phase, solution.shape[0])
                 mbarrier.wait(solution_full.index(other), other_phase)
                 acc = warpgroup_mma(p2, solution.index(other), acc, is_async=True)
                 if HALVES:
@@ -488,11 +336,11 @@ def _compute(
         if LINKED:
             if n > 0:
                 mbarrier.arrive(solution_empty.index(slot), count=1)
-                slot, phase = _step(slot, phase, solution.shape[0])
+                slot, phase = step(slot, phase, solution.shape[0])
             if follows:
                 y *= power[:, None]
                 mbarrier.wait(solution_full.index(slot), phase)
-                if _read(note, 6 + slot) > 0:  # it was not there yet: see `_loader`
+                if _read(note, 6 + slot) > 0:  # it was not there yet: see `hopper_feed`
                     NEXT: gl.constexpr = 1 if REVERSED else -1
                     before = (chain * blocks + block + NEXT) * 128 + 64 * GROUP
                     x = once_written(Yh, before, value_column, E, STORED)
@@ -521,11 +369,11 @@ def _compute(
         if LINKED:
             if follows:
                 mbarrier.arrive(solution_empty.index(slot), count=1)
-                slot, phase = _step(slot, phase, solution.shape[0])
+                slot, phase = step(slot, phase, solution.shape[0])
         elif n > 0:
             for _ in gl.static_range(PER):
                 mbarrier.arrive(solution_empty.index(slot), count=1)
-                slot, phase = _step(slot, phase, solution.shape[0])
+                slot, phase = step(slot, phase, solution.shape[0])
         if not TIGHT:
             mbarrier.arrive(inverse_empty, count=1)
 
@@ -635,7 +483,7 @@ def hopper_solve_kernel(
                 heads, blocks, length, value_width, headroom, c2, shift,
                 1, M, PACKED, REVERSED, TIGHT, HALVES, LINKED, SHIFT, UNIT, ASYNC, STORED, PARTS, E,
             )),
-            (_loader, (
+            (load, (
                 KhTile, YhTile, TTile, Blocks, Done, Ticket,
                 own, keys, solution, inverse, note,
                 own_full, own_empty, key_full, key_empty, solution_full, solution_empty,

@@ -119,6 +119,12 @@ def accumulator(width):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
+@gluon.constexpr_function
+def rows_layout(columns):
+    """64 rows of four warps, 16 bytes of a row a thread."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def operand(x, WIDTH: gl.constexpr):
     """A tile as the left operand of a product of ``WIDTH`` columns: no data moves."""
@@ -186,7 +192,10 @@ def as_long(x):
 
 @gluon.jit
 def keep(x):
-    """``x``; between two conversions, so that they stay two: each is then one round of shuffles."""
+    """``x``, to the compiler another number.
+
+    Two conversions around it stay two: each is then one round of shuffles. A product before it is not fused with a sum after it.
+    """
     PACK: gl.constexpr = 32 // x.dtype.primitive_bitwidth
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=PACK

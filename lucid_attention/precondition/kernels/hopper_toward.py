@@ -44,6 +44,7 @@ from .hopper_tiles import (
     place_in,
     power_of_two,
     range_exponent,
+    rows_layout,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _exponent(rows, columns_norm, E: gl.constexpr):
     The bounds of rows that are not yet known, which the other kernels go by, are ``2 sqrt(N)`` times larger:
     of unrelated keys with 256 features, whose ``P`` is near 1e-7, they would leave two bits.
     """
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [256 // E, E // 8], [4, 1], [1, 0])
+    plain: gl.constexpr = rows_layout(E)
     x = rows.load(plain).to(gl.float32)
     largest = gl.max(gl.sum(x * x, axis=1), axis=0)
     return 15 - _above(largest) - _above(columns_norm)

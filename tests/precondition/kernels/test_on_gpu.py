@@ -1,10 +1,8 @@
-"""What only a GPU can show: real sizes, both kernel families, races, graphs, addresses, training."""
+"""Values and gradients on a GPU: real sizes, both kernel families, training. Races and precision="high" have files of their own."""
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from lucid_attention import lucid_attention, precondition, precondition_varlen
 from lucid_attention.precondition import implementation
-from lucid_attention.precondition.kernels import plan
 from tests.conftest import HARD_KEYS, make_keys, relative_error
+from tests.precondition.kernels.conftest import of, of_all
 from tests.precondition.kernels.test_kernels import (
     close,
     half_inside,
@@ -33,33 +31,7 @@ WIDTHS = [
     (84, 90), (96, 96), (136, 140), (160, 150), (192, 192), (192, 128), (180, 100), (201, 256), (256, 256),
     (68, 64), (256, 192),
 ]  # fmt: skip
-BLOCKS = {
-    "few": {},
-    "some": {"FEW_BLOCKS": 0},
-    "many": {"FEW_BLOCKS": 0, "LINKED_BLOCKS": 0},
-}
-"""Limits of `plan`, so that Hopper's kernels take a small call as one of few blocks, of more of few chains, of many chains."""
 SMALL_WIDTHS = [(16, 16), (17, 40), (40, 17), (24, 64), (33, 20), (48, 48), (64, 16)]
-
-
-@pytest.fixture
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, limit in BLOCKS[request.param].items():
-        monkeypatch.setattr(plan, name, limit)
-    monkeypatch.setattr(plan, "_calls", {})  # which it is is kept with a call
-
-
-def of(*names: str) -> pytest.MarkDecorator:
-    """Once for each of these of ``BLOCKS``."""
-    return pytest.mark.parametrize("_blocks", names, indirect=True)
-
-
-def of_all(
-    name: str, values: Sequence[Any], decides: Callable[[Any], bool]
-) -> pytest.MarkDecorator:
-    """Of each of ``BLOCKS`` where it ``decides`` which kernels there are, else once."""
-    cases = [(value, kind) for value in values for kind in (BLOCKS if decides(value) else ("few",))]
-    return pytest.mark.parametrize((name, "_blocks"), cases, indirect=["_blocks"], ids=str)
 
 
 @of_all("width", [64, 68, 96, 128, 256], lambda width: width <= 128)
@@ -110,24 +82,6 @@ def test_head_sizes_of_few_blocks(dtype: torch.dtype, width: int, value_width: i
         sliced = [leaves[0], wide[..., :value_width].requires_grad_()]
         for g, e in zip(run(sliced, "triton"), expected, strict=True):
             assert torch.equal(g, e)
-
-
-@pytest.mark.parametrize("width", [64, 128, 68])
-@of("few", "some")
-@pytest.mark.usefixtures("_blocks")
-def test_no_row_of_an_earlier_call_is_taken(width: int) -> None:
-    """A row that is waited for is known by what lies in memory, where rows of the calls before it may lie."""
-    calls = [
-        operands("cos0.5", 1, 3, 2000, width, value_width=width, dtype=BRAIN, device="cuda")
-        for _ in range(3)
-    ]
-    expected = [run(leaves, "triton") for leaves in calls]
-    for turn in range(60):
-        for g, e in zip(run(calls[turn % 3], "triton"), expected[turn % 3], strict=True):
-            assert torch.equal(g, e)
-    for leaves, outputs in zip(calls, expected, strict=True):
-        for g, e in zip(outputs, run(widened(leaves), "blocked"), strict=True):
-            assert relative_error(g, e) < 1e-2
 
 
 @of_all(
@@ -217,181 +171,6 @@ def test_layouts(case: str, sizes: tuple[int, int]) -> None:
         assert torch.equal(g, e)
 
 
-HIGH_WIDTHS = [
-    (64, 64),
-    (128, 128),
-    (68, 68),
-    (96, 96),
-    (64, 128),
-    (192, 128),
-    (136, 136),
-    (256, 256),
-    (20, 20),
-]
-
-
-@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
-@pytest.mark.parametrize("kind", HARD_KEYS)
-def test_high_precision(kind: str, width: int, value_width: int) -> None:
-    """Nothing rounds P: with keys that are much alike its rounding is most of the usual error."""
-    leaves = operands(kind, 1, 2, 1000, width, value_width=value_width, dtype=HALF, device="cuda")
-    if kind == "huge":
-        leaves[0] = (leaves[0].detach() / 16).requires_grad_()
-    exact = run(widened(leaves), "reference")
-    yardstick = half_inside(leaves, exact_p=True)
-    got = run(leaves, "triton", precision="high")
-    for index, (g, e, y) in enumerate(zip(got, exact, yardstick, strict=True)):
-        close(g, e, y, vanishing(leaves, exact) if index == 1 else None)
-    for g, e in zip(run(leaves, "triton", precision="high"), got, strict=True):
-        assert torch.equal(g, e)
-
-
-@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
-def test_high_precision_at_length(width: int, value_width: int) -> None:
-    """Before the final rounding: a small part of what one half of P leaves, forward and backward."""
-    key = make_keys("cos0.9", 1, 2, 9000, width, dtype=BRAIN, device="cuda").requires_grad_()
-    value = torch.randn(1, 2, 9000, value_width, device="cuda", dtype=BRAIN, requires_grad=True)
-    grad = torch.randn_like(value)
-    wide_key, wide_value = widened([key, value])
-    exact = precondition(wide_key, wide_value, impl="blocked")
-    (exact_dv,) = torch.autograd.grad(exact, wide_value, grad.double())
-    errors = {}
-    for precision in ("default", "high"):
-        y = precondition(key, value, precision=precision, out_dtype=FULL, impl="triton")
-        (dv,) = torch.autograd.grad(y, value, grad.float())
-        errors[precision] = relative_error(y, exact), relative_error(dv, exact_dv)
-    assert errors["high"][0] < 2e-3
-    assert errors["high"][0] < 0.35 * errors["default"][0]
-    # Rounded to bfloat16, 1.7e-3.
-    assert errors["high"][1] < 2.7e-3
-    assert errors["high"][1] < 0.8 * errors["default"][1]
-
-
-@pytest.mark.parametrize(("width", "value_width"), HIGH_WIDTHS)
-@pytest.mark.parametrize("case", ["left", "packed", "strength", "nan"])
-@pytest.mark.usefixtures("poisoned_memory")
-def test_high_precision_of_other_layouts(case: str, width: int, value_width: int) -> None:
-    leaves = operands(
-        "cos0.9", 2, 2, 700, width, value_width=value_width, dtype=BRAIN, device="cuda"
-    )
-    options: dict[str, Any] = {"precision": "high"}
-    if case == "left":
-        options["key_mask"] = torch.arange(700, device="cuda") >= torch.tensor(
-            [[600], [3]], device="cuda"
-        )
-    if case == "packed":
-        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
-        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
-    if case in ("packed", "strength"):
-        options["learned"] = True
-        leaves.append(torch.tensor([0.3, 1.0], device="cuda", requires_grad=True))
-    exact = run(widened(leaves), "reference", **options)
-    got = run(leaves, "triton", **options)
-    torch_does = run(leaves, "blocked", **options)  # float32 inside, from the rounded Y as well
-    for g, e, b in zip(got, exact, torch_does, strict=True):
-        assert relative_error(g, e) < 2 * relative_error(b, e) + 4e-3
-    if case == "nan":
-        with torch.no_grad():
-            leaves[0][0, 1, 300, 3] = float("nan")
-        hit = torch.zeros(2, 2, 700, dtype=torch.bool, device="cuda")
-        hit[0, 1, 300:] = True
-        spoiled = run(leaves, "triton", **options)
-        assert spoiled[0][hit].isnan().all() and torch.equal(spoiled[0][~hit], got[0][~hit])
-
-
-@pytest.mark.parametrize("case", ["padded", "packed", "strength", "long"])
-@of("many")
-@pytest.mark.usefixtures("_blocks")
-def test_schedules_change_no_bit(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a block gives what it owes to the others is a matter of speed."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("Hopper's own kernels need a Hopper card")
-    seq = 3000 if case == "long" else 700
-    leaves = operands("cos0.5", 1, 5, seq, 64, value_width=64, dtype=BRAIN, device="cuda")
-    options: dict[str, Any] = {}
-    if case == "padded":
-        options["key_mask"] = torch.rand(1, seq, device="cuda") > 0.4
-    if case == "packed":
-        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
-        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
-    if case in ("strength", "packed"):
-        options["learned"] = True
-        leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
-    adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
-    expected = run(leaves, "triton", **options)
-    monkeypatch.setattr(adjoint, "LATE_FROM", 0)
-    monkeypatch.setattr(plan, "_calls", {})  # which schedule it is is kept with a call
-    for _ in range(3):
-        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
-            assert torch.equal(g, e)
-
-
-@pytest.mark.parametrize(
-    ("width", "value_width", "late", "precision"),
-    [
-        (64, 64, False, "default"), (64, 64, True, "default"), (68, 68, False, "default"), (96, 96, False, "default"),
-        (128, 128, False, "default"), (256, 256, False, "default"), (64, 128, False, "default"),
-        (192, 128, False, "default"), (64, 64, False, "high"), (128, 128, False, "high"), (256, 256, False, "high"),
-    ],
-)  # fmt: skip
-def test_more_blocks_than_the_card_holds(
-    width: int, value_width: int, late: bool, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several rounds of programs: each takes up what the one before it left in barriers and buffers."""
-    adjoint = importlib.import_module("lucid_attention.precondition.kernels.hopper_adjoint")
-    monkeypatch.setattr(adjoint, "LATE_FROM", 0 if late else 1 << 30)
-    monkeypatch.setattr(plan, "_calls", {})
-    leaves = operands(
-        "cos0.5", 8, 8, 4000, width, value_width=value_width, dtype=BRAIN, device="cuda"
-    )
-    expected = run(leaves, "triton", precision=precision)
-    for _ in range(20 if width <= 128 else 5):
-        for g, e in zip(run(leaves, "triton", precision=precision), expected, strict=True):
-            assert torch.equal(g, e)
-    few = [x.detach()[5:6, 3:4].requires_grad_() for x in leaves]
-    grad = torch.cos(torch.arange(expected[0].numel(), device="cuda")).view(expected[0].shape)
-    exact = run(widened(few), "blocked", grad[5:6, 3:4].double())
-    for g, e in zip(expected, exact, strict=True):
-        assert relative_error(g[5:6, 3:4], e) < 1e-2
-
-
-@pytest.mark.parametrize(
-    ("width", "value_width", "late", "precision"),
-    [
-        (64, 64, False, "default"), (64, 64, True, "default"), (68, 68, False, "default"), (128, 128, False, "default"),
-        (128, 64, False, "default"), (256, 256, False, "default"), (64, 64, False, "high"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("programs", [1, 3, 64])
-@of("few", "some", "many")
-@pytest.mark.usefixtures("_blocks")
-def test_any_number_of_programs(
-    programs: int, packed: bool, width: int, value_width: int, late: bool, precision: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """One program alone finishes all blocks in order; whoever takes a block, it has the same bits."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("Hopper's own kernels need a Hopper card")
-    kernels = "lucid_attention.precondition.kernels.hopper_"
-    adjoint, solve = (importlib.import_module(kernels + name) for name in ("adjoint", "solve"))
-    monkeypatch.setattr(adjoint, "LATE_FROM", 0 if late else 1 << 30)
-    monkeypatch.setattr(plan, "_calls", {})  # the number of programs is kept with a call
-    leaves = operands("cos0.8", 1, 5, 1100, width, value_width=value_width, dtype=BRAIN, device="cuda")  # fmt: skip
-    options: dict[str, Any] = {"precision": precision, "learned": True}
-    if packed:
-        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
-        options["offsets"] = pack((5, 0, 129, 1, 600, 0, 365)).cuda()
-    leaves.append(torch.linspace(0.3, 1, 5, device="cuda", requires_grad=True))
-    expected = run(leaves, "triton", **options)
-    monkeypatch.setattr(plan, "_calls", {})
-    for module in (adjoint, solve):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
-    for _ in range(2):
-        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
-            assert torch.equal(g, e)
-
-
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
 @pytest.mark.parametrize("place", ["key", "value"])
 @of("few", "many")
@@ -408,53 +187,6 @@ def test_nan_stays_where_it_is(place: str, width: int) -> None:
     hit[0, 1] = True
     for g, c in zip(got[1:], clean[1:], strict=True):
         assert g[hit].isnan().all() and torch.equal(g[~hit], c[~hit])
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("width", [64, 128, 68, 84, 256, 136])
-@pytest.mark.parametrize("packed", [False, True])
-@of("few", "some", "many")
-@pytest.mark.usefixtures("_blocks")
-def test_nothing_unwritten_is_read(packed: bool, width: int) -> None:
-    """Hopper's own kernels with every allocation full of NaN; the portable ones in test_kernels.py.
-
-    Bytes are all ones then, as `hopper_links` marks rows: whether marks are written show `test_prepared` and the earlier calls above.
-    """
-    assert torch.empty(3, device="cuda").isnan().all()
-    leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
-    options: dict[str, Any] = {}
-    if packed:
-        leaves = [x.detach()[0].transpose(0, 1).requires_grad_() for x in leaves]
-        options["offsets"] = pack((5, 0, 129, 1, 300, 0, 265)).cuda()
-    exact = run(widened(leaves), "reference", **options)
-    for g, e in zip(run(leaves, "triton", **options), exact, strict=True):
-        assert relative_error(g, e) < 1e-2
-
-
-@pytest.mark.parametrize("width", [64, 128, 68, 256])
-@of("few", "many")
-@pytest.mark.usefixtures("_blocks")
-def test_kept_kernels_fit_later_calls(width: int) -> None:
-    """A launch that skips Triton's own look at the arguments must not meet others than it was made for."""
-    leaves = operands("cos0.5", 1, 2, 700, width, value_width=width, dtype=BRAIN, device="cuda")
-    expected = run(leaves, "triton")
-
-    def moved(x: Tensor) -> Tensor:
-        """The same numbers at an address that is no multiple of 16."""
-        storage = x.new_empty(x.numel() + 1)
-        storage[1:] = x.detach().flatten()
-        return storage[1:].view(x.shape).requires_grad_()
-
-    key, value = leaves
-    for other in ([key, value], [moved(key), value], [key, moved(value)], [key, value]):
-        for g, e in zip(run(other, "triton"), expected, strict=True):
-            assert torch.equal(g, e)
-    with_strength = run(leaves, "triton", strength=torch.full((2,), 0.5, device="cuda"))
-    assert not torch.equal(with_strength[0], expected[0])
-    masked = torch.ones(1, 700, dtype=torch.bool, device="cuda")
-    for options in ({}, {"key_mask": masked}, {"strength": torch.ones(2, device="cuda")}):
-        for g, e in zip(run(leaves, "triton", **options), expected, strict=True):
-            assert torch.equal(g, e)
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
@@ -477,58 +209,6 @@ def test_float32_at_length(width: int) -> None:
     key, value = (x.detach() for x in leaves)
     exact = precondition(key.double(), value.double(), impl="blocked")
     assert relative_error(precondition(key, value, impl="triton"), exact) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("width", "precision"),
-    [
-        (64, "default"),
-        (128, "default"),
-        (68, "default"),
-        (256, "default"),
-        (64, "high"),
-        (128, "high"),
-    ],
-)
-@of("few", "many")
-@pytest.mark.usefixtures("_blocks")
-def test_a_thousand_launches_beside_other_work(width: int, precision: str) -> None:
-    """The chain of blocks is a race to be lost: other streams hold part of the card all the time."""
-    leaves = operands("cos0.5", 1, 5, 1500, width, value_width=width, dtype=BRAIN, device="cuda")
-    expected = run(leaves, "triton", precision=precision)
-    noise = torch.randn(4096, 4096, device="cuda", dtype=BRAIN)
-    others = [torch.cuda.Stream() for _ in range(2)]
-    wrong = torch.zeros((), device="cuda")
-    for turn in range(500):
-        for other in others:
-            with torch.cuda.stream(other):
-                noise @ noise
-        for g, e in zip(run(leaves, "triton", precision=precision), expected, strict=True):
-            wrong += (g != e).any()
-        if turn % 50 == 0:
-            torch.cuda.synchronize()
-    assert not wrong.item()
-
-
-@pytest.mark.xdist_group("large")  # tens of gigabytes: one after another
-@pytest.mark.parametrize("width", [64, 68, 256])
-@of("many")  # the last head alone, too
-@pytest.mark.usefixtures("_blocks")
-def test_addresses_beyond_32_bits(width: int) -> None:
-    """More than 2^31 elements: the last head is what it is alone."""
-    seq = 2048
-    heads = 2**31 // (seq * width) + 8
-    key = torch.randn(1, heads, seq, width, device="cuda", dtype=BRAIN)
-    value = torch.randn(1, heads, seq, width, device="cuda", dtype=BRAIN)
-    key.requires_grad_()
-    value.requires_grad_()
-    got = precondition(key, value, impl="triton")
-    grads = torch.autograd.grad(got, (key, value), torch.ones_like(got))
-    last = [x.detach()[:, -1:].requires_grad_() for x in (key, value)]
-    alone = precondition(*last, impl="triton")
-    alone_grads = torch.autograd.grad(alone, last, torch.ones_like(alone))
-    for g, e in zip((got, *grads), (alone, *alone_grads), strict=True):
-        assert torch.equal(g[:, -1:], e)
 
 
 @pytest.mark.parametrize("width", [64, 128, 68, 256])
