@@ -65,9 +65,10 @@ def test_few_blocks(width: int, value_width: int) -> None:
         done = parts.tensor("done", parts.buffers(torch.device("cpu")))
         assert done is not None
         assert done.numel() == 128 * found.value_parts
-    more = call(width, value_width, batch=43, heads=3, seq=128)
+    more = call(width, value_width, batch=1, heads=3, seq=43 * 128)
     assert more.geometry.slots == 129
-    assert not more.linked
+    assert not more.few
+    assert more.linked  # of few chains
     assert more.value_parts == 1
     assert stages.form_of(more) is (Form.APART if (width, value_width) == (64, 128) else Form.FUSED)
 

@@ -224,6 +224,9 @@ def test_rounds() -> None:
     packed = Geometry(torch.empty(1000, 3, 1, device="meta"), 128, torch.tensor([0, 7, 1000]), 993)
     assert rounds(packed) == (3, packed.blocks)
     assert rounds(packed, parts=2) == (6, packed.blocks)
+    dense = Geometry(torch.empty(1, 3, 40 * 128, 1, device="meta"), 128)
+    assert rounds(dense) == (3, 40)
+    assert rounds(dense, parts=2) == (6, 40)
 
 
 # Packed batches
