@@ -525,7 +525,8 @@ def hopper_adjoint(run: Run, grad: Any, solution: Any, grad_value: Any, strength
             strength, at.table, at.done, at.largest, at.largest_second, at.bad, at.turn, at.ticket,
         ),
         lambda: (
-            *units()[1], geometry.heads, geometry.chains, geometry.blocks, *rounds(geometry),
+            *units()[1], geometry.heads, geometry.chains, geometry.blocks,
+            *rounds(geometry, call.adjoint_round),
             geometry.length, geometry.headroom, call.c2, call.shift(SHIFT_BACKWARD),
         ),
         lambda: {

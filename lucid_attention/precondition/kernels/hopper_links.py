@@ -52,15 +52,15 @@ def _constraints(outputs, inputs):
 
 @gluon.jit
 def once_written(Rows, row, first_column, E: gl.constexpr, STORED: gl.constexpr):
-    """64 rows from ``row``, ``E`` columns, of marked rows of ``STORED``, once they are written; 0 beyond ``STORED``.
-
-    Threads without columns look at the rows' first ones, which the first part of the same block writes, under a smaller ticket.
-    """
+    """64 rows from ``row``, ``E`` columns, of marked rows of ``STORED``, once they are written; 0 beyond ``STORED``."""
     layout: gl.constexpr = rows_layout(E)
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
     column = first_column + gl.arange(0, E, gl.SliceLayout(0, layout))
     there = column < STORED
-    pointers = Rows + as_long(rows)[:, None] * STORED + gl.where(there, column, 0)[None, :]
+    # Threads without columns of their own look at the first ones, which this part of the columns has itself.
+    pointers = (
+        Rows + as_long(rows)[:, None] * STORED + gl.where(there, column, first_column)[None, :]
+    )
     COUNT: gl.constexpr = E // 2
     # A thread's vectors are 1024 / E rows apart.
     x = gl.inline_asm_elementwise(
@@ -86,12 +86,12 @@ def write_rows(Rows, row, first_column, x, STORED: gl.constexpr):
 
 @gluon.jit
 def as_link(w, left: gl.constexpr):
-    """``W`` as a left operand, and the power of two of each row that it carries: its largest entry comes below 2^15.
+    """``W`` as a left operand, and the exponent of two that each row carries: its largest entry comes below 2^15.
 
     ``P`` carries 2^15 for the same reason: float16 then has what it can of small entries.
     """
     largest = gl.max(gl.abs(w), axis=1)
     exponent = (largest.to(gl.int32, bitcast=True) >> 23) - 127
-    power = power_of_two(gl.minimum(14 - exponent, 15))
-    link = gl.convert_layout((w * power[:, None]).to(gl.float16), left)
-    return link, gl.convert_layout(power, gl.SliceLayout(1, left.parent))
+    carried = gl.minimum(14 - exponent, 15)
+    link = gl.convert_layout((w * power_of_two(carried)[:, None]).to(gl.float16), left)
+    return link, gl.convert_layout(carried, gl.SliceLayout(1, left.parent))

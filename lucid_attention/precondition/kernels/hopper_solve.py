@@ -189,7 +189,7 @@ def _compute(
         if LINKED:
             mbarrier.wait(inverse_full, turn)
             link = gl.zeros([64, M], gl.float16, left)
-            power = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, sums))
+            carried = gl.full([64], 0, gl.int32, gl.SliceLayout(1, sums))
             if n > 0:
                 live, factor = factors(Mask, given_strength, batch, length, at, end, SHIFT, product)
                 mbarrier.wait(key_full.index(key_slot), key_phase)
@@ -207,7 +207,7 @@ def _compute(
                     GROUP, AFTER, REVERSED,
                 )  # fmt: skip
                 right_phase ^= 1
-                link, power = as_link(-factor[:, None] * s, left)
+                link, carried = as_link(-factor[:, None] * s, left)
                 gl.thread_barrier()  # all warps' products are done: ``right`` may be the same memory
         bad = gl.load(Bad + entry)
         largest = gl.load(Largest + entry)
@@ -338,7 +338,7 @@ def _compute(
                 mbarrier.arrive(solution_empty.index(slot), count=1)
                 slot, phase = step(slot, phase, solution.shape[0])
             if follows:
-                y *= power[:, None]
+                y *= power_of_two(carried)[:, None]
                 mbarrier.wait(solution_full.index(slot), phase)
                 if _read(note, 6 + slot) > 0:  # it was not there yet: see `hopper_feed`
                     NEXT: gl.constexpr = 1 if REVERSED else -1
@@ -351,7 +351,7 @@ def _compute(
                     came_phase ^= 1
                 y = warpgroup_mma(link, solution.index(slot), y, is_async=True)
                 y = warpgroup_mma_wait(0, deps=[y])
-                y *= 1.0 / power[:, None]
+                y *= power_of_two(-carried)[:, None]
 
         mine.store(y.to(gl.float16))
         start = (chain * blocks + block) * 128 + 64 * GROUP

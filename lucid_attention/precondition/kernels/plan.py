@@ -38,14 +38,16 @@ Rounding keys to float16 moves the exponent of P by up to about a thousandth of 
 """
 MOST_CALLS = 1024
 """Layouts that are remembered; beyond, all are forgotten and come back as they are met."""
-ROUND = 512
-"""Blocks that are solved before the number of chains at work is halved: about four for each multiprocessor.
+ROUND = 640
+"""Blocks that are solved before the number of chains at work is halved: about five for each multiprocessor.
 
 Fewer, and a chain's blocks wait for each other; more, and what the chains at work read does not stay in the
 second-level cache.
 """
 WIDE_ROUND = 384
-"""The same where keys and values have 256 columns: 3 to 4 % faster than 512 for 8 chains of 8K to 32K."""
+"""The same where a block reads twice as much: with 256 columns, or in `hopper_adjoint` with more than ``WIDE_KEYS`` of keys,
+whose sums are read and written, too."""
+WIDE_KEYS = 96
 MOST_CHAINS = 64
 """At work at a time in the first round."""
 FEW_BLOCKS, FEW_CHAINS = 128, 16
@@ -333,6 +335,7 @@ class Call:
         )  # fmt: skip
         # Columns of values are solved by themselves: a step of 64 is shorter.
         self.value_parts = self.solution_tile // 64 if self.linked and self.few else 1
+        self.adjoint_round = WIDE_ROUND if self.key_width > WIDE_KEYS else ROUND
         self.parts: Parts | None = None
         self.keep = keep and not interpreted()
         self.kept: dict[int, Kept] = {}

@@ -229,6 +229,21 @@ def test_rounds() -> None:
     assert rounds(dense, parts=2) == (6, 40)
 
 
+@pytest.mark.parametrize(
+    ("width", "value_width", "most"),
+    [
+        (64, 64, plan.ROUND), (96, 96, plan.ROUND), (64, 128, plan.ROUND),
+        (100, 100, plan.WIDE_ROUND), (128, 128, plan.WIDE_ROUND), (128, 64, plan.WIDE_ROUND),
+    ],
+)  # fmt: skip
+def test_rounds_of_the_adjoint(width: int, value_width: int, most: int) -> None:
+    """Sums of keys' gradients wider than 96 columns fill the cache sooner."""
+    assert plan.WIDE_ROUND < plan.ROUND
+    key, value = (torch.zeros(1, 2, 300, columns) for columns in (width, value_width))
+    call = call_for(key, value, 0.1, ())
+    assert call.adjoint_round == most
+
+
 # Packed batches
 
 
