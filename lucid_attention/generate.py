@@ -148,18 +148,25 @@ def load(
         name: a folder, or a model id.
         dtype: "auto" is the checkpoint's.
         device: None takes a CUDA device where there is one.
-        strength: switch the model to LUCID of this strength, whatever its checkpoint says; None runs it as it
-            was saved.
+        strength: switch the model to LUCID of this strength, whatever its checkpoint says; the layers and the kernel
+            scale of a LUCID checkpoint stay. None runs it as it was saved.
 
     Raises:
         GenerateError: no such model, not a causal language model, LUCID cannot take it, no such device.
     """
     if dtype not in DTYPES:
         raise GenerateError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    name = str(name)
     path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise GenerateError(f"{name}: no such folder")
+    files = ("config.json", "adapter_config.json")
+    if path.is_dir() and not any((path / file).is_file() for file in files):
+        inside = path / "model"
+        if (inside / "config.json").is_file():
+            raise GenerateError(f"{name}: is the folder of a training; its checkpoint is {inside}")
+        raise GenerateError(f"{name}: is no checkpoint (it has no config.json)")
     source = str(path) if path.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "meta":
@@ -169,10 +176,16 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
+        if path.is_dir() and not any(path.glob("token*")):
+            first = "it has no tokenizer"
+        elif "/" in name and path.parent.is_dir() and not path.is_dir():
+            first = f"{path.parent} has no folder {path.name}, and {first}"
         raise GenerateError(f"{name}: cannot be loaded: {first}") from None
     try:
         if strength is not None:
-            enable(model, strength=strength)
+            saved = getattr(model.config, "lucid", None) or {}
+            kept = {key: saved[key] for key in ("layers", "kernel_scale") if key in saved}
+            enable(model, strength=strength, **kept)
         model.to(device)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise GenerateError(f"{name}: {str(error).strip().splitlines()[0]}") from None

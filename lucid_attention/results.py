@@ -49,6 +49,8 @@ class ResultsFolder:
                 raise FolderError(f"--out {out}: is a file; name a new or an empty folder")
             if any(out.iterdir()):
                 raise FolderError(f"--out {out}: is not empty; name a new or an empty folder")
+            if not os.access(out, os.W_OK | os.X_OK):
+                raise FolderError(f"--out {out}: cannot be written to; name another folder")
         except OSError as error:
             raise FolderError(f"--out {out}: cannot be used ({error.strerror})") from None
 

@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: str | Path,
     tasks: Sequence[str],
     *,
     lengths: Sequence[int] = (1024,),
@@ -73,6 +73,10 @@ def evaluate(
         EvalError: no such checkpoint or task, a task that needs a network where there is none, a length too short.
         FolderError: the folder is in use.
     """
+    if isinstance(tasks, str) or not isinstance(lengths, Sequence):
+        raise EvalError(f"tasks, lengths: expected lists, got {tasks!r} and {lengths!r}")
+    checkpoint = str(checkpoint)
+    out, prose = (None if path is None else Path(path) for path in (out, prose))
     own, others = _parsed(tasks)
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number < 1:

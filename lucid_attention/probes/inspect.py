@@ -68,6 +68,10 @@ def inspect_text(
         InspectError: a text too short or too long, a needle that is not in it, a layer that does not exist.
         FolderError: the folder is in use.
     """
+    out = None if out is None else Path(out)
+    ResultsFolder.check(out)
+    if layers is not None and not list(layers):
+        raise InspectError("layers: expected at least one, or None, got none")
     if not tokenizer.is_fast:
         raise InspectError(
             f"the tokenizer, {type(tokenizer).__name__}, does not say where its tokens are in the text: a fast one is needed"

@@ -43,7 +43,7 @@ class TrainConfig:
         strength_learning_rate: of a learned strength, which AdamW (other optimisers less, or not) moves by about so much a step, whatever
             its gradient: at the rate of other parameters it would hardly leave 0. It follows the schedule of ``learning_rate`` and has no weight decay.
         strength_steps: optimiser steps over which a fixed strength rises from 0; 0: it is there from the start.
-        lucid_layers: indices of the layers that are LUCID; None: all.
+        lucid_layers: indices of the layers that are LUCID; None: all, or those of a LUCID checkpoint.
         position: "rope", or "nope": no position encoding.
         init_from: a checkpoint (folder or hub id) to go on from, LUCID or softmax; it says how large the model is,
             and its tokenizer is used. None: random weights.
@@ -127,6 +127,8 @@ class TrainConfig:
         for name in ("tie_embeddings", "document_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise TrainError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        if isinstance(self.lucid_layers, list):
+            object.__setattr__(self, "lucid_layers", tuple(self.lucid_layers))
         layers, theta = self.lucid_layers, self.rope_theta
         if layers is not None and not (
             isinstance(layers, tuple) and layers and all(type(x) is int for x in layers)
@@ -279,9 +281,16 @@ _TRAINING: dict[str, Any] = {
     "eval_steps": 0.1,
     "seed": 1,
     "report_to": "tensorboard" if find_spec("tensorboard") else "none",
+    # Or a loss that is no number any more would be written down as 0.
+    "logging_nan_inf_filter": False,
 }
 # What `train` decides itself.
 _RESERVED = ("output_dir", "disable_tqdm", "remove_unused_columns", "resume_from_checkpoint", "use_liger_kernel", "do_train", "prediction_loss_only", "train_sampling_strategy", "data_seed")  # fmt: skip
+_RANGES = (
+    ("weight_decay", 0, float("inf")), ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("adam_epsilon", 0, float("inf")),
+    ("max_grad_norm", 0, float("inf")), ("per_device_eval_batch_size", 1, float("inf")),
+    ("dataloader_num_workers", 0, float("inf")), ("eval_delay", 0, float("inf")), ("warmup_steps", 0, float("inf")),
+)  # fmt: skip
 # What may be changed when a training goes on, because it changes nothing that was done.
 CHANGEABLE = ("max_steps", "logging_steps", "save_steps", "eval_steps", "save_total_limit", "report_to")  # fmt: skip
 
@@ -307,7 +316,7 @@ def load_config(path: Path, changes: Iterable[str] = ()) -> tuple[TrainConfig, d
         >>> config.attention, config.size()["width"], arguments["learning_rate"]
         ('softmax', 256, 0.001)
     """
-    content = read_yaml(path)
+    content = read_yaml(Path(path))
     content.update(changed(changes))
     return split(content)
 
@@ -330,6 +339,18 @@ def changed(changes: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+class _Once(yaml.SafeLoader):
+    """YAML whose keys are there once; PyYAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A flat YAML file.
 
@@ -337,7 +358,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         TrainError: it cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except FileNotFoundError:
         raise TrainError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -393,7 +414,11 @@ def training_arguments(given: dict[str, Any], out: Path, validate: bool) -> Trai
     # transformers' 8 would be 8 rows of 64K.
     settings.setdefault("per_device_eval_batch_size", settings["per_device_train_batch_size"])
     if not validate:
+        if settings.pop("load_best_model_at_end", False) and given.get("eval_strategy") == "no":
+            raise TrainError("load_best_model_at_end: eval_strategy is no; leave one of them out")
         settings["eval_strategy"] = "no"
+        if settings["save_strategy"] == "best":
+            settings["save_strategy"] = "steps"
     else:
         settings.setdefault("eval_strategy", "steps")
     try:
@@ -406,7 +431,7 @@ def training_arguments(given: dict[str, Any], out: Path, validate: bool) -> Trai
             **settings,
         )
     except (ValueError, TypeError, ImportError, AttributeError) as error:
-        raise TrainError(f"TrainingArguments: {str(error).strip().splitlines()[0]}") from None
+        raise TrainError(f"TrainingArguments: {' '.join(str(error).split())}") from None
 
 
 def _check_arguments(settings: dict[str, Any]) -> None:
@@ -414,12 +439,42 @@ def _check_arguments(settings: dict[str, Any]) -> None:
     for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if name in settings:
             _check_count(name, settings[name], optional=False)
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if str(settings.get(name)) in ("epoch", "IntervalStrategy.EPOCH", "SaveStrategy.EPOCH"):
+            raise TrainError(
+                f"{name}: expected steps or no, got epoch: rows are drawn without an end, so no epoch ends"
+            )
+    if settings.get("save_only_model"):
+        raise TrainError(
+            "save_only_model: a run could not go on from such a checkpoint as if nothing had happened; leave it out "
+            "(save_total_limit says how many are kept)"
+        )
+    if settings.get("fp16") and not torch.cuda.is_available():
+        raise TrainError("fp16: there is no GPU here; take bf16, or leave it out")
+    for name, least, below in _RANGES:
+        value = settings.get(name)
+        if value is not None and not (_is_number(value) and least <= value < below):
+            wanted = f"at least {least}" if below == float("inf") else f"in [{least}, {below})"
+            raise TrainError(f"{name}: expected a number {wanted}, got {value!r}")
+    _check_reports(settings["report_to"])
     seed = settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise TrainError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")
     rate = settings["learning_rate"]
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
         raise TrainError(f"learning_rate: expected a number above 0, got {rate!r}")
+
+
+def _check_reports(asked: Any) -> None:
+    """Before the run: transformers would look for them when it has begun."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    for name in [asked] if isinstance(asked, str) else asked or []:
+        if name not in ("none", "all", *there):
+            raise TrainError(
+                f"report_to: {name} is not installed; expected none, all or one of {', '.join(sorted(there)) or 'none'}"
+            )
 
 
 def as_yaml(config: TrainConfig, given: dict[str, Any]) -> str:

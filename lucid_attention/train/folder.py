@@ -15,11 +15,15 @@ from accelerate import PartialState
 
 from lucid_attention.results import FolderError, ResultsFolder, environment_facts
 
-from .configuration import TrainConfig, TrainError
+from .configuration import CHANGEABLE, TrainConfig, TrainError, read_yaml
 
 __all__ = [
+    "BEGUN",
+    "PROSE",
     "absolute",
     "agreed",
+    "check_unchanged",
+    "keep_model",
     "last_checkpoint",
     "new_folder",
     "processes_of",
@@ -30,6 +34,10 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+BEGUN = ".begun.yaml"
+"""The settings a run began with."""
+PROSE = "prose.txt"
+"""What the task needles reads, if it is the user's."""
 
 
 def last_checkpoint(folder: Path, say: Say = lambda line: None) -> Path | None:
@@ -122,12 +130,19 @@ def said_once(state: PartialState) -> Iterator[None]:
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """Folders of this machine by their whole names, so that a run can go on from anywhere."""
+    """Files and folders of this machine by their whole names, so that a run can go on from anywhere."""
     changes: dict[str, Any] = {
         name: str(Path(value).expanduser().resolve())
-        for name in ("init_from", "tokens_of")
-        if (value := getattr(config, name)) is not None and Path(value).expanduser().is_dir()
+        for name in ("init_from", "tokens_of", "tokenizer", "text")
+        if (value := getattr(config, name)) is not None and Path(value).expanduser().exists()
     }
+    text = config.text
+    if text is not None and "text" not in changes and any(sign in text for sign in "*?["):
+        changes["text"] = str(Path.cwd() / Path(text).expanduser())
+    prose = (config.task_options or {}).get("prose")
+    if isinstance(prose, str) and config.task_options is not None:
+        whole = str(Path(prose).expanduser().resolve())
+        changes["task_options"] = {**config.task_options, "prose": whole}
     return replace(config, **changes) if changes else config
 
 
@@ -138,9 +153,38 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def check_unchanged(folder: Path, settings: dict[str, Any]) -> None:
+    """That a run goes on with the settings it began with; runs of earlier versions have not written them down.
+
+    Raises:
+        TrainError: ``config.yaml`` was changed by hand, in what may not change.
+    """
+    path = folder / BEGUN
+    if not path.is_file():
+        return
+    begun = read_yaml(path)
+    for name in sorted({*begun, *settings} - set(CHANGEABLE)):
+        if begun.get(name) != settings.get(name):
+            was, now = (repr(x[name]) if name in x else "not there" for x in (begun, settings))
+            raise TrainError(
+                f"{folder / 'config.yaml'}: {name} was {was} when the run began and is {now}; put it back, or begin a new run"
+            )
+
+
+def keep_model(folder: Path, step: int) -> Path | None:
+    """``model/`` of fewer steps out of the way, by another name: it must not pass for the result, and is the user's."""
+    model = folder / "model"
+    if not model.exists():
+        return None
+    names = (f"model-before-step-{step + 1}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))  # fmt: skip
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    model.rename(kept)
+    return kept
+
+
 def take_back(out: Path, made: bool) -> None:
     """After a mistake: nothing that `train` wrote is left, nor the folder, unless it was there before."""
-    for name in ("config.yaml", "environment.json"):
+    for name in ("config.yaml", BEGUN, PROSE, "environment.json"):
         (out / name).unlink(missing_ok=True)
     for name in ("tokenizer", "data"):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -26,6 +26,7 @@ from .configuration import TrainConfig, TrainError
 
 __all__ = [
     "build_model",
+    "can_fuse",
     "check_fused_layers",
     "model_config",
     "use_fused_layers",
@@ -96,9 +97,11 @@ def build_model(
         strength = 0.0
     layers = None if config.lucid_layers is None else list(config.lucid_layers)
     scale = config.kernel_scale
-    if scale is None and config.attention == "lucid":
-        # Of a LUCID checkpoint it is part of what was learnt.
-        scale = (getattr(model.config, "lucid", None) or {}).get("kernel_scale")
+    if config.attention == "lucid":
+        # Of a LUCID checkpoint they are part of what was learnt.
+        saved = getattr(model.config, "lucid", None) or {}
+        scale = saved.get("kernel_scale") if scale is None else scale
+        layers = saved.get("layers") if layers is None else layers
     try:
         enable(
             model, layers=layers, strength=strength, kernel_scale=scale, precision=config.solve_precision
@@ -180,16 +183,25 @@ def check_fused_layers(choice: str, *, compiled: bool) -> None:
         )
 
 
-def _use_liger(model: Any, field: str, choice: str, device: torch.device, parts: set[str]) -> str:
+def can_fuse(field: str, choice: str, device: torch.device) -> bool:
+    """Whether liger-kernel runs here.
+
+    Raises:
+        TrainError: it does not, and "liger" was asked for.
+    """
     reason = None
     if find_spec("liger_kernel") is None:
         reason = "liger-kernel is not installed (pip install 'lucid-attention[fused]')"
     elif device.type != "cuda":
         reason = f"liger-kernel's kernels run on a GPU, and this is a {device.type}"
-    if choice == "none" or (choice == "auto" and reason is not None):
-        return "none"
-    if reason is not None:
+    if reason is not None and choice == "liger":
         raise TrainError(f"{field}: {reason}; take {field}: none")
+    return reason is None
+
+
+def _use_liger(model: Any, field: str, choice: str, device: torch.device, parts: set[str]) -> str:
+    if choice == "none" or not can_fuse(field, choice, device):
+        return "none"
     from liger_kernel.transformers import monkey_patch
 
     family = type(model.config).lucid_stock_class.model_type

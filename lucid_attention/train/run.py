@@ -40,8 +40,12 @@ from .configuration import (
 )
 from .cost import flops_per_token, parameters, peak_flops
 from .folder import (
+    BEGUN,
+    PROSE,
     absolute,
     agreed,
+    check_unchanged,
+    keep_model,
     last_checkpoint,
     new_folder,
     processes_of,
@@ -50,11 +54,11 @@ from .folder import (
     take_back,
     write_whole,
 )
-from .model import build_model, check_fused_layers, use_fused_layers, use_fused_loss
+from .model import build_model, can_fuse, check_fused_layers, use_fused_layers, use_fused_loss
 from .precision import precision_kept
 from .progress import Meter, ProgressLine, StopOnSignal, write_curves
-from .tasks import MemoryRows, NeedleRows
-from .text import documents_of, load_tokenizer
+from .tasks import MemoryRows, NeedleRows, read_prose
+from .text import check_outside, check_tokenizer, documents_of, load_tokenizer
 from .tokens import Rows, Shuffled, Tokens, write_tokens
 from .trainer import MeteredTrainer, accuracy, check_strength, likeliest, stack
 
@@ -95,7 +99,8 @@ def train(
 
     In the folder: ``config.yaml``, ``tokenizer/``, ``data/`` (the tokens), ``checkpoint-STEP/`` (all that a run needs to go
     on), ``log.csv``, ``loss.png``, ``runs/`` (tensorboard) and, at the end, ``model/``: a Hugging Face checkpoint, of the LUCID
-    class or, for softmax attention, of the stock class.
+    class or, for softmax attention, of the stock class. Of fewer steps it is kept as ``model-before-step-N``. ``prose.txt`` is the
+    user's prose of the task needles.
 
     Args:
         config: model, attention, data.
@@ -108,7 +113,8 @@ def train(
         An `Outcome`. After Ctrl-C or SIGTERM it is not finished, and `continue_training` goes on.
 
     Raises:
-        TrainError, FolderError: before anything is trained: the configuration, the data or the folder.
+        TrainError, FolderError: before anything is trained: the configuration, the data or the folder; after it: the
+            training diverged, so that no model is written.
 
     Example:
         >>> import tempfile, pathlib
@@ -121,20 +127,25 @@ def train(
         (True, ['config.json', 'generation_config.json', 'model.safetensors'])
     """
     given = dict(arguments or {})
+    out = None if out is None else Path(out)
     state = PartialState()
     with said_once(state):
-        # What is wrong with the settings, before a folder is made.
+        # What is wrong with the settings, before a folder is made and a text is read.
         asked = training_arguments(given, Path("unused"), validate=False)
         check_fused_layers(config.fused_layers, compiled=asked.torch_compile)
         check_strength(config, asked, None)
         config = absolute(config)
         written = as_yaml(config, given)
+        can_fuse("fused_loss", config.fused_loss, asked.device)
+        can_fuse("fused_layers", config.fused_layers, asked.device)
+        _sketch(config)
     made = out is None or not out.exists()
     with said_once(state):
         if state.is_main_process:
             out = new_folder(out, state.num_processes)
             # At once: whatever stops the run from here on, it can go on.
             write_whole(out / "config.yaml", written)
+            write_whole(out / BEGUN, written)
     out = agreed(out, state)
     try:
         run = _Run(config, given, out, say, quiet)
@@ -163,8 +174,9 @@ def continue_training(
         say, quiet: as for `train`.
 
     Raises:
-        TrainError: no such run, or a setting that may not change.
+        TrainError: no such run, or a setting that may not change, by ``changes`` or in ``config.yaml`` by hand.
     """
+    folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():
         raise TrainError(f"{folder}: is no folder of lucid train (it has no config.yaml)")
@@ -181,6 +193,7 @@ def continue_training(
         raise TrainError(
             f"{folder}: was trained by {processes} processes, got {state.num_processes}: another number would see other rows"
         )
+    check_unchanged(folder, content)
     config, given = split(content)
     arguments = training_arguments(given, folder, validate=False)
     checkpoint = last_checkpoint(folder, say if state.is_main_process else lambda line: None)
@@ -207,13 +220,19 @@ def describe(config: TrainConfig, given: dict[str, Any]) -> list[str]:
     here = {name: value for name, value in given.items() if name not in ("bf16", "fp16", "tf32")}
     arguments = training_arguments({**here, "use_cpu": True}, Path("unused"), validate=False)
     check_fused_layers(config.fused_layers, compiled=arguments.torch_compile)
+    return _facts(_sketch(config), config, arguments)
+
+
+def _sketch(config: TrainConfig) -> Any:
+    """The model without weights."""
     vocabulary = config.vocabulary
-    if config.task == "memory":
+    if config.init_from is not None:
+        vocabulary = 0
+    elif config.task == "memory":
         vocabulary = MemoryRows(config.task_options, config.length, seed=0).vocabulary
-    model = build_model(
-        config, vocabulary if config.init_from is None else 0, seed=0, device="meta"
-    )
-    return _facts(model, config, arguments)
+    elif config.tokenizer != "train":
+        vocabulary = len(load_tokenizer(config))
+    return build_model(config, vocabulary, seed=0, device="meta")
 
 
 def prepare_tokens(
@@ -239,6 +258,7 @@ def prepare_tokens(
             partial.rename(data)
         else:
             say("reading the text")
+            check_outside(config.text, folder)
             made = load_tokenizer(config)
             made.save_pretrained(place)
             write_tokens(documents_of(config), made, data, quiet=quiet)
@@ -273,10 +293,12 @@ class _Run:
             with said_once(self.state):
                 if self.state.is_main_process and not (out / "tokenizer").is_dir():
                     load_tokenizer(config).save_pretrained(out / "tokenizer")
+                options = self._task_options()
             self.tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
-            arguments = (config.task_options, config.length, self.tokenizer)
-            self.training = NeedleRows(*arguments, seed=seed)
-            self.held_out = NeedleRows(*arguments, seed=seed, validation=True)
+            with said_once(self.state):
+                arguments = (options, config.length, self.tokenizer)
+                self.training = NeedleRows(*arguments, seed=seed)
+                self.held_out = NeedleRows(*arguments, seed=seed, validation=True)
             vocabulary = len(self.tokenizer)
         else:
             # The main process makes the tokens, the others find them.
@@ -290,7 +312,10 @@ class _Run:
             vocabulary = len(self.tokenizer)
             if self.config.tokenizer == "train" and self.config.init_from is None:
                 vocabulary = max(vocabulary, config.vocabulary)
-        self.arguments = training_arguments(self.given, out, validate=self.held_out is not None)
+        with said_once(self.state):
+            self.arguments = training_arguments(self.given, out, validate=self.held_out is not None)
+            if checkpoint is None:
+                check_tokenizer(config, self.tokenizer)
         # A run that goes on has all of its model, whatever became of the checkpoint it began from.
         begun = config
         if checkpoint is not None and config.init_from is not None:
@@ -354,15 +379,14 @@ class _Run:
         trainer.strength_moves = learned or bool(self.config.strength_steps)
         trainer.strength_learning_rate = self.config.strength_learning_rate if learned else None
         start = None if checkpoint is None else str(checkpoint)
+        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
         if checkpoint is not None:
             self.say(f"going on from {checkpoint.name}")
-            done = int(checkpoint.name.removeprefix("checkpoint-"))
             if done == self.arguments.max_steps:
                 # transformers would take one more step before it looks.
                 return self._finished(trainer, checkpoint)
-        if self.state.is_main_process:
-            # Of fewer steps than it will be; should this run be killed after its last one, it must not pass for the result.
-            shutil.rmtree(self.out / "model", ignore_errors=True)
+        if self.state.is_main_process and (kept := keep_model(self.out, done)):
+            self.say(f"the model of fewer steps is kept: {kept}")
         try:
             with stop if self.state.num_processes == 1 else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=start)
@@ -378,6 +402,17 @@ class _Run:
                 f"stopped at step {step} of {self.arguments.max_steps}; lucid train --resume {self.out} goes on"
             )
         return Outcome(self.out, step, finished, model, losses[-1] if losses else math.nan)
+
+    def _task_options(self) -> dict[str, Any] | None:
+        """With the prose as it was when the run began, from the run's folder."""
+        options = self.config.task_options
+        prose = (options or {}).get("prose")
+        if options is None or prose is None:
+            return options
+        held = self.out / PROSE
+        if self.state.is_main_process and not held.is_file():
+            write_whole(held, read_prose(prose))
+        return {**options, "prose": str(held)}
 
     def _rows(self, tokens: Tokens) -> tuple[Rows, Rows | None]:
         total = len(tokens.ids)
@@ -424,6 +459,12 @@ class _Run:
     def _save(self, trainer: Trainer) -> Path:
         """``model/``, whole or not there."""
         target, partial = self.out / "model", self.out / ".model.partial"
+        weights: Any = trainer.model
+        if not all(bool(weight.isfinite().all()) for weight in weights.parameters()):
+            raise TrainError(
+                f"{self.out}: the training diverged, the weights are not finite, and no model was written; log.csv says since "
+                "when; begin again with a lower learning_rate, or a longer warmup"
+            )
         trainer.save_model(str(partial))
         if self.state.is_main_process:
             if self.config.attention == "softmax":
@@ -433,8 +474,7 @@ class _Run:
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(partial)
             (partial / "training_args.bin").unlink(missing_ok=True)
-            if target.exists():
-                shutil.rmtree(target)  # of this run, when it goes on to more steps
+            keep_model(self.out, self.arguments.max_steps)
             partial.rename(target)
         self.state.wait_for_everyone()
         return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = ["MemoryRows", "NeedleRows", "part_of", "read_prose"]
 
 _OPTIONS: dict[str, Any] = {"keys": 64, "values": 64, "query_share": 0.3}
 _TRAINING_ROWS, _VALIDATION_ROWS = 1 << 30, 256
+_CHECKED_TOKENS = 1 << 12
+"""Of needles, before a training begins."""
 
 
 class MemoryRows(Dataset[dict[str, Tensor]]):
@@ -50,9 +53,14 @@ class MemoryRows(Dataset[dict[str, Tensor]]):
         self.options = {**_OPTIONS, **(options or {})}
         self.length, self.seed, self.validation = length, seed, validation
         try:
-            self[0]
+            asks = any(bool((self[index]["labels"] != IGNORED).any()) for index in range(64))
         except (ValueError, TypeError) as error:
             raise TrainError(f"task_options: {error}") from None
+        if not asks:
+            raise TrainError(
+                f"task_options: of 64 rows none asks for a value that was written, with query_share {self.options['query_share']}, "
+                f"{self.options['keys']} keys and length {length}; take a share between 0 and 1, fewer keys or a larger length"
+            )
 
     @property
     def vocabulary(self) -> int:
@@ -116,8 +124,9 @@ class NeedleRows(Dataset[dict[str, Tensor]]):
         self.length, self.tokenizer, self.seed, self.validation = length, tokenizer, seed, validation  # fmt: skip
         self.prose = part_of(read_prose(self.options["prose"]), validation)
         try:
-            for index in range(4):
-                self[index]
+            # The longest questions there are; the shorter the rows, the more they differ in what is left for prose.
+            for index in range(min(len(self), max(4, min(256, _CHECKED_TOKENS // length)))):
+                self._row(index, vary=False)
         except (ValueError, TypeError) as error:
             raise TrainError(f"task_options: {error}") from None
 
@@ -127,9 +136,12 @@ class NeedleRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        return self._row(index, vary=self.options["vary"])
+
+    def _row(self, index: int, *, vary: bool) -> dict[str, Tensor]:
         generator = seeded("needles", self.seed, self.validation, index)
         keys, values, queries = (self.options[name] for name in ("keys", "values", "queries"))
-        if self.options["vary"]:
+        if vary:
             keys = int(torch.randint(1, keys + 1, (), generator=generator))
             queries = int(torch.randint(1, min(queries, keys) + 1, (), generator=generator))
         end = self.tokenizer.eos_token_id
@@ -149,6 +161,7 @@ class NeedleRows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
 
+_END = re.compile(r"[.!?][\"'\u2019\u201d)\]]*\s+|\n+")
 # Seven digits are seven tokens at most, with a comma and a space.
 _TOKENS_A_NUMBER = 10
 
@@ -170,6 +183,14 @@ def read_prose(path: str | None) -> str:
 
 
 def part_of(prose: str, held_out: bool) -> str:
-    """The last fifth of a text, or what is before it, cut at a sentence."""
-    cut = prose.find(". ", len(prose) * 4 // 5) + 2
-    return prose[cut:] if held_out else prose[:cut]
+    """The last fifth of a text, or what is before it, cut where a sentence or a line ends.
+
+    Raises:
+        TrainError: there is no such place.
+    """
+    end = _END.search(prose, len(prose) * 4 // 5)
+    if end is None or not prose[: end.end()].strip() or not prose[end.end() :].strip():
+        raise TrainError(
+            "task_options: prose has no end of a sentence or of a line in its last fifth, which is held out; give more text"
+        )
+    return prose[end.end() :] if held_out else prose[: end.end()]

@@ -16,13 +16,28 @@ from lucid_attention.tasks.novel import packaged_novel
 
 from .configuration import TrainConfig, TrainError
 
-__all__ = ["documents_of", "load_tokenizer", "train_tokenizer"]
+__all__ = ["check_outside", "check_tokenizer", "documents_of", "load_tokenizer", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 NOVEL = "novel"
 """The text that comes with the package, where no file or folder has this name."""
 _SAMPLE = 100_000_000
 """Characters that a tokenizer is trained on at most: more changes little and takes long."""
+
+
+def check_outside(source: str | None, folder: Path) -> None:
+    """That a run does not read what it writes.
+
+    Raises:
+        TrainError: the folder is among the text.
+    """
+    if source is None or (source == NOVEL and not Path(NOVEL).exists()):
+        return
+    folder = folder.resolve()
+    if any(folder in path.resolve().parents for path in _files(source)):
+        raise TrainError(
+            f"text {source}: has the folder of the run in it, {folder}; name an --out outside, or a narrower pattern"
+        )
 
 
 def documents_of(config: TrainConfig) -> Iterator[str]:
@@ -39,7 +54,7 @@ def documents_of(config: TrainConfig) -> Iterator[str]:
         yield packaged_novel()
         return
     for path in _files(config.text):
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             yield from _of_lines(path)
             continue
         text = _read(path)
@@ -49,7 +64,7 @@ def documents_of(config: TrainConfig) -> Iterator[str]:
 
 def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
-    if any(sign in source for sign in "*?["):
+    if any(sign in source for sign in "*?[") and not path.exists():
         pattern = str(path.relative_to(path.anchor) if path.anchor else path)
         found = sorted(name for name in Path(path.anchor).glob(pattern) if name.is_file())
     elif path.is_dir():
@@ -169,6 +184,32 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
             f"tokenizer {source}: has no end-of-text token (eos_token), which must part the documents"
         )
     return tokenizer
+
+
+def check_tokenizer(config: TrainConfig, tokenizer: Any) -> None:
+    """That a checkpoint goes on with its own tokens, where it says what they are.
+
+    Raises:
+        TrainError: the same numbers are other tokens.
+    """
+    if config.init_from is None or tokenizer is None:
+        return
+    if config.tokenizer == "train" and config.tokens_of is None:
+        return  # it is the checkpoint's
+    try:
+        own: Any = AutoTokenizer.from_pretrained(config.init_from)
+    except (OSError, ValueError, KeyError, ImportError):
+        return  # it has none
+    known, given = own.get_vocab(), tokenizer.get_vocab()
+    other = next((token for token, number in given.items() if known.get(token) != number), None)
+    if other is not None:
+        source = (
+            f"tokens_of {config.tokens_of}" if config.tokens_of else f"tokenizer {config.tokenizer}"
+        )
+        raise TrainError(
+            f"{source}: {other!r} is its token {given[other]}, and of the checkpoint {config.init_from} "
+            f"{known.get(other, 'there is none')}; give the tokenizer that the checkpoint was trained with"
+        )
 
 
 def _sample(config: TrainConfig) -> Iterator[str]:

@@ -445,7 +445,8 @@ def test_unfinished_checkpoints_do_not_cost_whole_ones(novel: Path, tmp_path: Pa
     (outcome.folder / "checkpoint-40" / "model.safetensors").write_bytes(b"half")
     longer = continue_training(outcome.folder, ["max_steps=9"], say=lambda line: None, quiet=True)
     assert longer.finished
-    assert {p.name for p in outcome.folder.glob("*-[0-9]*")} == {"checkpoint-9", "unfinished-40"}
+    left = {"checkpoint-9", "unfinished-40", "model-before-step-7"}
+    assert {p.name for p in outcome.folder.glob("*-[0-9]*")} == left
 
 
 def test_a_run_killed_before_its_first_step_goes_on(novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
