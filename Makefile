@@ -20,7 +20,7 @@ demo: $(STAMP) ## what LUCID does, in about three minutes on two cores
 	$(BIN)/lucid demo
 
 test: $(STAMP) lint typecheck ## everything but slow and GPU tests
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not browser'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu and not browser'
 
 test-slow: $(STAMP) ## the tests that take longer
 	$(BIN)/python -m pytest -m 'slow and not gpu and not browser'

@@ -222,6 +222,8 @@ def softmax_attention(
     square = aligned and queries == keys
 
     unfused = softcap is not None or (query.dtype == torch.float64 and query.device.type != "cpu")
+    # Kernels multiply what is masked with -inf by it.
+    unfused = unfused or scale <= 0
     if key_mask is not None or sinks is not None:
         # A feature's contribution is multiplied by scale: where that is tiny or negative, do without.
         unfused = unfused or scale < _LEAST_SCALE
@@ -232,8 +234,8 @@ def softmax_attention(
     if unfused:
         if dropout:
             raise ValueError(
-                f"dropout must be 0 with softcap, in float64 on an accelerator, or with a mask and a "
-                f"scale below {_LEAST_SCALE}, got {dropout}: no kernel offers both. Set the model's "
+                f"dropout must be 0 with softcap, in float64 on an accelerator, with a scale that is not positive, or with a "
+                f"mask and a scale below {_LEAST_SCALE}, got {dropout}: no kernel offers both. Set the model's "
                 f"attention dropout to 0."
             )
         position = torch.arange(queries, device=query.device)
@@ -315,7 +317,8 @@ def softmax_attention_varlen(
         check_offsets(cu_seqlens.tolist(), query.shape[0], max_seqlen)
     width = max(query.shape[-1], value.shape[-1])
     fused = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and width <= 256
-    if fused and varlen_attn is not None and max_seqlen and softcap is None and sinks is None:
+    plain = softcap is None and sinks is None and scale > 0
+    if fused and varlen_attn is not None and max_seqlen and plain:
         output = _packed_kernel(query, key, value, cu_seqlens, max_seqlen, scale)
         return output[..., : value.shape[-1]]
     position = torch.arange(query.shape[0], device=query.device)

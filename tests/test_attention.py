@@ -356,6 +356,22 @@ def test_bad_sinks_and_offsets() -> None:
         softmax_attention_varlen(*packed, pack((4, 5)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale: float, dtype: torch.dtype) -> None:
+    """Fused kernels multiply -inf by them."""
+    query, key, value = (x.detach().to(dtype) for x in operands(2, 4, 2, 130, 16, 8))
+    found = lucid_attention(query, key, value, scale=scale)
+    wide = [x.double() for x in (query, key, value)]
+    expected = lucid_attention(*wide, scale=scale, impl="reference")
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    offsets = torch.tensor([0, 130], dtype=torch.int32)
+    packed = [x[:1, :, :130].squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    again = lucid_attention_varlen(*packed, offsets, max_seqlen=130, scale=scale).transpose(0, 1)
+    assert (again.double() - expected[0]).norm() / expected[0].norm() < 2e-2
+
+
 def test_forward_mode_is_refused_where_it_would_be_zero() -> None:
     query, key, value = (x.detach() for x in operands(1, 4, 2, 10, 8, 8))
 

@@ -44,6 +44,18 @@ def check_caches(
                 f"{name} must be contiguous in its last dimension, got strides {cache.stride()}: it is written in "
                 f"place."
             )
+        if any(s == 0 and n > 1 for s, n in zip(cache.stride(), cache.shape, strict=True)):
+            raise ValueError(
+                f"{name} must have memory of its own for every row, got shape {tuple(cache.shape)} with strides "
+                f"{cache.stride()} (an expanded tensor): it is written in place. Use {name}.contiguous()."
+            )
+    if key_cache is y_cache or (
+        not torch.compiler.is_compiling()
+        and key_cache.numel() > 0
+        and key_cache.untyped_storage()._cdata == y_cache.untyped_storage()._cdata
+        and key_cache.storage_offset() == y_cache.storage_offset()
+    ):
+        raise ValueError("key_cache and y_cache must be two tensors, got one: both are written.")
     if key_cache.dtype != key.dtype:
         raise TypeError(
             f"key_cache must have key's dtype, expected {key.dtype}, got {key_cache.dtype}. "

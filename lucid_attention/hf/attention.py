@@ -62,6 +62,10 @@ class ForwardContext:
     starts: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
 
+_CHANGES_SCORES = ("block_indices", "indices", "position_bias")
+"""Of what models hand their attention function, what would change its result and is not done."""
+
+
 def lucid_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -106,6 +110,12 @@ def lucid_attention_forward(
             "output_attentions: attention weights are never formed with LUCID attention; "
             "expected False, got True"
         )
+    for name in _CHANGES_SCORES:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: {type(module).__name__} chooses or shifts its scores by it, which LUCID attention does not do, nor the "
+                "layers beside it; expected None. The family is not supported"
+            )
     if _is_local(module, kwargs):
         if context.documents is not None:
             attention_mask = _within_documents(context, attention_mask, query.shape[2])
@@ -147,7 +157,8 @@ def lucid_attention_forward(
                 warn_once(
                     "stock cache",
                     "this cache layer holds raw values, so LUCID attention preconditions all of "
-                    "them again at every step: correct, and slow. A new cache (LucidCache, an "
+                    "them again at every step. That is slow, and right only if this model computed them: of "
+                    "softmax attention's cache it goes on with softmax's keys and values. A new cache (LucidCache, an "
                     "empty DynamicCache or StaticCache, or none) is upgraded by itself in a model "
                     "prepared with lucid_attention.hf.enable.",
                 )

@@ -521,8 +521,9 @@ def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> Non
             )
 
 
-def check_room(cache: Cache, length: int) -> None:
-    """Raises ValueError if the static LUCID layers of `cache` have no room for `length` more tokens.
+def check_room(cache: Cache, length: int, mask: Tensor | None = None) -> None:
+    """Raises ValueError if the static LUCID layers of `cache` have no room for `length` more tokens, or a padding mask
+    (batch, keys) says nothing of some of them: the rest of a static cache's room is masked.
 
     It reads one number from the device; layers are as full as the first of them.
     """
@@ -534,6 +535,11 @@ def check_room(cache: Cache, length: int) -> None:
                     f"past_key_values: the static cache is full: it holds {cached} of {layer.max_cache_len} tokens, "
                     f"and {length} more came. Nothing was written; continue with a larger one "
                     "(StaticCache(config, max_cache_len=...)) or a growing one (LucidCache)"
+                )
+            if mask is not None and mask.ndim == 2 and mask.shape[1] < cached + length:
+                raise ValueError(
+                    f"attention_mask: expected one entry for each of the {cached + length} keys, cached ones "
+                    f"included, got {mask.shape[1]}"
                 )
             return
 

@@ -18,6 +18,7 @@ _UNSUPPORTED = {
     "doge": "it adds a learned mask to the attention scores",
     "gemma3n_text": "its layers share key-value caches",
     "gemma4_text": "its layers share key-value caches",
+    "gemma4_unified_text": "its layers share key-value caches",
     "idefics": "it mixes cross-attention layers in",
     "jetmoe": "it repeats values after the cache",
     "mllama_text_model": "it mixes cross-attention layers in",

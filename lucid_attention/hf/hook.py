@@ -39,6 +39,11 @@ def before_forward(
             f"past_key_values: expected a transformers Cache (LucidCache, DynamicCache, ...), got "
             f"{type(cache).__name__}"
         )
+    rows = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)  # fmt: skip
+    if isinstance(mask, Tensor) and mask.ndim == 2 and rows is not None and mask.shape[0] != rows.shape[0]:  # fmt: skip
+        raise ValueError(
+            f"attention_mask: expected a row for each of the {rows.shape[0]} rows of the batch, got {mask.shape[0]}"
+        )
     if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
         raise ValueError(
             "attention_mask: expected a padding mask (batch, keys) or a 4-D mask (batch, 1, "
@@ -55,8 +60,18 @@ def before_forward(
     context = ForwardContext()
     if inputs is None:
         return (), {**kwargs, CONTEXT: context}  # the model says itself what it lacks
-    if cache is None and mask is None and positions is not None and positions.ndim == 2:
-        context.documents = documents_from_positions(positions, inputs.shape[0])
+    if mask is None and positions is not None and positions.ndim == 2:
+        if cache is None:
+            context.documents = documents_from_positions(positions, inputs.shape[0])
+        elif (
+            inputs.shape[1] > 1
+            and not is_in_a_graph(inputs)
+            and documents_from_positions(positions, inputs.shape[0]) is not None
+        ):
+            raise ValueError(
+                "position_ids: they restart, as those of packed documents do, and packed documents cannot be cached: a cache "
+                "does not know where they start; pass use_cache=False and no past_key_values"
+            )
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         if positions is None or mask is not None or cache is not None:
@@ -82,7 +97,7 @@ def before_forward(
             refuse_compiled_offloading()
         arm(cache, config.lucid["layers"], config.num_hidden_layers)
         if not is_in_a_graph(inputs):
-            check_room(cache, inputs.shape[1])
+            check_room(cache, inputs.shape[1], mask if isinstance(mask, Tensor) else None)
         context.cache = cache
     kwargs[CONTEXT] = context
     return (), kwargs

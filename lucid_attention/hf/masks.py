@@ -228,6 +228,11 @@ def convert_4d_mask(
 
 
 def _attend(additive: Tensor) -> Tensor:
+    if not additive.is_floating_point():
+        raise ValueError(
+            f"attention_mask: expected a 4-D mask of bool or of floating point, got {additive.dtype}; use "
+            "attention_mask.bool() if it is 1 where attention may go"
+        )
     blocked = additive <= torch.finfo(additive.dtype).min / 2
     if bool(((additive != 0) & ~blocked).any()):
         raise ValueError(

@@ -90,6 +90,11 @@ def _needs_graph(inputs: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
         for x in inputs:
             if isinstance(x, Tensor) and x.requires_grad:
+                if torch._C._are_functorch_transforms_active():
+                    raise RuntimeError(
+                        "lucid_attention's gradients are not for torch.func (grad, vjp, jacrev, vmap of them). Use "
+                        "torch.autograd.grad, or impl='reference' (at quadratic memory)."
+                    )
                 return True
     return False
 

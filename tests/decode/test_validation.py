@@ -84,6 +84,8 @@ def test_the_good_call_works() -> None:
         ({"kernel_scale": 0.0}, ValueError, "kernel_scale must be positive"),
         ({"workspace": torch.zeros(1, dtype=torch.int32)}, ValueError, "workspace must come from decode_workspace"),
         ({"workspace": torch.zeros(9)}, TypeError, "workspace must come from decode_workspace"),
+        ({"key_cache": torch.zeros(1, 2, 10, 8).expand(2, 2, 10, 8)}, ValueError, r"key_cache must have memory of its own .*contiguous"),
+        ({"y_cache": torch.zeros(2, 1, 10, 6).expand(2, 2, 10, 6)}, ValueError, "y_cache must have memory of its own"),
         ({"impl": "flash"}, ValueError, "impl must be one of"),
         ({"query": torch.randn(2, 4, 1, 8, requires_grad=True)}, ValueError, r"has no gradient.*precondition"),
         ({"strength": torch.ones(2, requires_grad=True)}, ValueError, "has no gradient"),
@@ -101,6 +103,16 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
         lucid_attention_with_kvcache(**call)
     for cache in caches:  # nothing was written
         assert cache.is_meta or int(cache.count_nonzero()) == 0
+
+
+def test_one_cache_for_two() -> None:
+    call = arguments(value=torch.randn(2, 2, 1, 8))
+    call["y_cache"] = call["key_cache"]
+    for same in (call, {**call, "y_cache": call["key_cache"][:]}):
+        with pytest.raises(ValueError, match="must be two tensors"):
+            lucid_attention_with_kvcache(**same)
+    both = torch.zeros(2, 2, 2, 10, 8)  # two halves of one buffer are two
+    lucid_attention_with_kvcache(**{**call, "key_cache": both[0], "y_cache": both[1]})
 
 
 def test_pages_beyond_the_lengths_may_be_anything() -> None:

@@ -490,6 +490,63 @@ def test_a_mask_that_is_too_short(build, ids):
         model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
 
 
+def test_a_static_mask_that_is_too_short(build, ids):
+    model = enable(build("Llama"))
+    mask = torch.ones_like(ids)
+    length = ids.shape[1]
+    cache = StaticCache(model.config, max_cache_len=length + 4)
+    model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected one entry for each of the 9 keys.*got 8"
+    ):
+        model(ids[:, 8:9], attention_mask=mask[:, :8], past_key_values=cache)
+    found = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 8:], rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_masks_of_another_batch(build, ids):
+    model = enable(build("Llama"))
+    for cache in (None, LucidCache(model.config)):
+        with pytest.raises(ValueError, match=f"attention_mask: expected a row for each of the {len(ids)} rows"):  # fmt: skip
+            model(ids, attention_mask=torch.ones(len(ids) + 1, ids.shape[1]), past_key_values=cache)
+
+
+def test_integer_4d_masks(build, ids):
+    model = enable(build("Llama"))
+    mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.long).tril()
+    with pytest.raises(ValueError, match=r"attention_mask: expected a 4-D mask of bool .*int64"):
+        model(ids, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", [LucidCache, DynamicCache, StaticCache])
+def test_packed_positions_with_a_cache(kind, build, ids):
+    model = enable(build("Llama"))
+    half = ids.shape[1] // 2
+    positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])
+    extra = {"max_cache_len": 64} if kind is StaticCache else {}
+    cache = kind(config=model.config, **extra)
+    with pytest.raises(ValueError, match="position_ids: they restart"):
+        model(ids, position_ids=positions.expand(len(ids), -1), past_key_values=cache)
+    plain = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    model(ids, position_ids=plain, past_key_values=kind(config=model.config, **extra))
+
+
+@pytest.mark.parametrize("name", ["block_indices", "indices", "position_bias"])
+def test_what_changes_scores_is_not_swallowed(name, build, ids):
+    model = enable(build("Llama"))
+    with pytest.raises(ValueError, match=f"{name}: LlamaAttention chooses or shifts"):
+        model(ids, use_cache=False, **{name: torch.zeros(1)})
+    model(ids, use_cache=False, **{name: None})
+
+
+def test_a_softmax_cache_is_warned_about(build, ids):
+    model = build("Llama")
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], past_key_values=cache)
+    with pytest.warns(UserWarning, match="right only if this model computed them"):
+        enable(model)(ids[:, 4:], past_key_values=cache)
+
+
 def test_packing_that_is_refused(build, ids):
     model = enable(build("Llama"))
     packed = torch.cat([torch.arange(9), torch.arange(10)]).unsqueeze(0)

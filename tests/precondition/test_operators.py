@@ -370,6 +370,17 @@ def test_profilers_name_the_operator() -> None:
     assert "lucid_attention::precondition" in {event.name for event in profile.events()}
 
 
+def test_gradients_in_functorch_are_refused_by_name() -> None:
+    key, value = torch.randn(2, 1, 2, 40, 16).unbind(0)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"not for torch\.func .*impl='reference'"):
+            transform(lambda x: precondition(x, value).sum())(key)
+    wanted = torch.func.grad(lambda x: precondition(x, value, impl="reference").sum())(key)
+    leaf = key.clone().requires_grad_()
+    (found,) = torch.autograd.grad(precondition(leaf, value).sum(), leaf)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_second_derivatives_are_refused() -> None:
     key = torch.randn(1, 1, 9, 4, requires_grad=True)
     (first,) = torch.autograd.grad(precondition(key, key).sum(), key, create_graph=True)
