@@ -345,9 +345,10 @@ class _Once(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.YAMLError(f"{key.value} is there twice")
-            seen.add(key.value)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value} is there twice")
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -457,6 +458,10 @@ def _check_arguments(settings: dict[str, Any]) -> None:
             wanted = f"at least {least}" if below == float("inf") else f"in [{least}, {below})"
             raise TrainError(f"{name}: expected a number {wanted}, got {value!r}")
     _check_reports(settings["report_to"])
+    if "optim_args" in settings and not isinstance(settings["optim_args"], (str, type(None))):
+        raise TrainError(
+            f"optim_args: expected a text like a=1,b=2, got {settings['optim_args']!r}"
+        )
     seed = settings["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise TrainError(f"seed: expected a whole number from 0 to 2^32 - 1, got {seed!r}")

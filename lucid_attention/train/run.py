@@ -60,7 +60,14 @@ from .progress import Meter, ProgressLine, StopOnSignal, write_curves
 from .tasks import MemoryRows, NeedleRows, read_prose
 from .text import check_outside, check_tokenizer, documents_of, load_tokenizer
 from .tokens import Rows, Shuffled, Tokens, write_tokens
-from .trainer import MeteredTrainer, accuracy, check_strength, likeliest, stack
+from .trainer import (
+    MeteredTrainer,
+    accuracy,
+    check_optimisation,
+    check_strength,
+    likeliest,
+    stack,
+)
 
 __all__ = ["Outcome", "continue_training", "describe", "train"]
 
@@ -149,11 +156,12 @@ def train(
     out = agreed(out, state)
     try:
         run = _Run(config, given, out, say, quiet)
+        trainer = run.trainer()
     except (TrainError, FolderError):
         if state.is_main_process:
             take_back(out, made)
         raise
-    return run(None)
+    return run(trainer, None)
 
 
 @precision_kept()
@@ -201,12 +209,14 @@ def continue_training(
     done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if done > arguments.max_steps:
         raise TrainError(f"max_steps: {done} steps are done already, got {arguments.max_steps}")
+    run = _Run(config, given, folder, say, quiet, checkpoint)
+    trainer = run.trainer()
     if state.is_main_process:
         set_aside_unfinished(folder)
         if new:
             write_whole(path, as_yaml(config, given))
     state.wait_for_everyone()
-    return _Run(config, given, folder, say, quiet, checkpoint)(checkpoint)
+    return run(trainer, checkpoint)
 
 
 @precision_kept()
@@ -279,6 +289,7 @@ class _Run:
     ) -> None:
         self.config, self.given, self.out, self.quiet = config, given, out, quiet
         self.state = PartialState()
+        self.stop = StopOnSignal()
         self.say = say if self.state.is_main_process else lambda line: None
         seed = int(given.get("seed", 1))
         self.tokenizer: Any = None
@@ -342,7 +353,12 @@ class _Run:
             gib = 4 * config.length * vocabulary / 2**30
             self.say(f"the logits of a row are {gib:.1f} GiB: liger-kernel would not form them")
 
-    def __call__(self, checkpoint: Path | None) -> Outcome:
+    def trainer(self) -> MeteredTrainer:
+        """What trains.
+
+        Raises:
+            TrainError: transformers finds only now that it cannot: an optimiser, a schedule, a reporter.
+        """
         peak = peak_flops(self.arguments.device)
         meter = Meter(
             self._tokens_per_step(),
@@ -351,33 +367,39 @@ class _Run:
             ],
             peak and peak * self.arguments.world_size,
         )
-        stop = StopOnSignal()
         callbacks: list[Any] = [ProgressLine(quiet=self.quiet)]
         if self.state.num_processes == 1:
-            callbacks.append(stop)
+            callbacks.append(self.stop)
         if self.config.attention == "lucid" and self.config.strength_steps:
             strength = self.config.strength
             assert not isinstance(strength, str)
             callbacks.append(StrengthSchedule(0.0, strength, steps=self.config.strength_steps))
         asks = self.config.task is not None
-        with _compiled_by_layer():
-            trainer = MeteredTrainer(
-                model=self.model,
-                args=self.arguments,
-                train_dataset=self.shuffled,
-                eval_dataset=self.held_out,
-                processing_class=self.tokenizer,
-                data_collator=stack,
-                callbacks=callbacks,
-                compute_metrics=accuracy if asks else None,
-                preprocess_logits_for_metrics=likeliest if asks else None,
-            )
+        try:
+            check_optimisation(self.arguments, self.model)
+            with _compiled_by_layer():
+                trainer = MeteredTrainer(
+                    model=self.model,
+                    args=self.arguments,
+                    train_dataset=self.shuffled,
+                    eval_dataset=self.held_out,
+                    processing_class=self.tokenizer,
+                    data_collator=stack,
+                    callbacks=callbacks,
+                    compute_metrics=accuracy if asks else None,
+                    preprocess_logits_for_metrics=likeliest if asks else None,
+                )
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise TrainError(f"TrainingArguments: {' '.join(str(error).split())}") from error
         trainer.remove_callback(PrinterCallback)
         disable_progress_bar()  # of each file that is written
         trainer.meter = meter
         learned = self.config.strength == "learned"
         trainer.strength_moves = learned or bool(self.config.strength_steps)
         trainer.strength_learning_rate = self.config.strength_learning_rate if learned else None
+        return trainer
+
+    def __call__(self, trainer: MeteredTrainer, checkpoint: Path | None) -> Outcome:
         start = None if checkpoint is None else str(checkpoint)
         done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
         if checkpoint is not None:
@@ -388,7 +410,7 @@ class _Run:
         if self.state.is_main_process and (kept := keep_model(self.out, done)):
             self.say(f"the model of fewer steps is kept: {kept}")
         try:
-            with stop if self.state.num_processes == 1 else contextlib.nullcontext():
+            with self.stop if self.state.num_processes == 1 else contextlib.nullcontext():
                 trainer.train(resume_from_checkpoint=start)
         finally:
             if self.state.is_main_process and trainer.state.log_history:

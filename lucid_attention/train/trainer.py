@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from lucid_attention.hf import strengths
 from lucid_attention.hf.strength import LearnedStrength
@@ -18,7 +18,26 @@ from lucid_attention.hf.strength import LearnedStrength
 from .configuration import TrainConfig, TrainError
 from .progress import Meter
 
-__all__ = ["MeteredTrainer", "accuracy", "check_strength", "likeliest", "stack"]
+__all__ = [
+    "MeteredTrainer",
+    "accuracy",
+    "check_optimisation",
+    "check_strength",
+    "likeliest",
+    "stack",
+]
+
+
+def check_optimisation(arguments: TrainingArguments, model: Any) -> None:
+    """That there are such an optimiser and such a schedule; raises what transformers would raise when the run has begun."""
+    Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+        num_training_steps=arguments.max_steps,
+        scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+    )
 
 
 class MeteredTrainer(Trainer):

@@ -168,6 +168,9 @@ def test_other_tokens_of_the_same_number(text: Path, trained: Path, tmp_path: Pa
         ("per_device_eval_batch_size", 0, "expected a number at least 1, got 0"),
         ("dataloader_num_workers", -1, "expected a number at least 0, got -1"),
         ("report_to", "nonsense", "report_to: nonsense is not installed"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "min_lr"),
+        ("optim", "adamw_bnb_8bit", "bitsandbytes"),
+        ("optim_args", 3, "optim_args: expected a text"),
     ],
 )
 def test_arguments_that_would_fail_later(text: Path, tmp_path: Path, name: str, value: Any, message: str) -> None:  # fmt: skip
