@@ -70,7 +70,7 @@ def _files(source: str) -> list[Path]:
     elif path.is_dir():
         found = sorted(
             name
-            for name in path.rglob("*")
+            for name in _below(path)
             if name.is_file()
             and not any(part.startswith(".") for part in name.relative_to(path).parts)
         )
@@ -83,6 +83,16 @@ def _files(source: str) -> list[Path]:
     if not found:
         raise TrainError(f"text {source}: no files there")
     return found
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """All that is in a folder; `Path.rglob` would pass over what cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise TrainError(f"text {error.filename}: cannot be read ({error.strerror})")
+
+    for folder, _, names in os.walk(path, onerror=refuse):
+        yield from (Path(folder, name) for name in names)
 
 
 def _read(path: Path) -> str:

@@ -59,6 +59,14 @@ class MeteredTrainer(Trainer):
                 logs["strength"] = strengths(self.model).mean().item()
         super().log(logs, start_time)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Without a loss for rows that ask for nothing, whose mean would be NaN and all others' with it."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        # Other processes would wait for the loss.
+        if isinstance(labels, Tensor) and self.args.world_size == 1:
+            loss = loss if bool((labels[:, 1:] != -100).any()) else None
+        return loss, logits, labels
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """With the learned strengths in a group of their own, after the others: the first group's rate is the one that is logged."""
         made = self.optimizer is None

@@ -249,11 +249,32 @@ def test_rows_that_do_not_fit_or_ask_nothing(trained: Path) -> None:
             MemoryRows({"query_share": share}, 64, seed=1)
 
 
-def test_files(tmp_path: Path, text: Path) -> None:
+def test_rows_without_a_question_have_no_loss(tmp_path: Path) -> None:
+    short = TrainConfig(task="memory", layers=1, width=32, head_dim=16, length=32)
+    rows = MemoryRows(None, 32, seed=1, validation=True)
+    asked = [bool((rows[i]["labels"][1:] != -100).any()) for i in range(len(rows))]
+    assert not all(a or b for a, b in zip(asked[::2], asked[1::2], strict=True))  # of two
+    outcome = run(short, tmp_path / "run", max_steps=2)
+    assert math.isfinite(outcome.loss)
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert list(documents_of(config(tmp_path / "rows.JSONL"))) == ["one", "two"]
     (tmp_path / "a[1].txt").write_text("brackets")
     assert list(documents_of(config(tmp_path / "a[1].txt"))) == ["brackets"]
+    (tmp_path / "folder" / "sub").mkdir(parents=True)
+    (tmp_path / "folder" / "sub" / "in.txt").write_text("inside")
+    assert list(documents_of(config(tmp_path / "folder"))) == ["inside"]
+
+    def closed(top: Any, onerror: Any) -> Any:
+        onerror(PermissionError(13, "Permission denied", f"{top}/sub"))
+        return iter(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", closed)
+        with pytest.raises(TrainError, match="sub: cannot be read"):
+            list(documents_of(config(tmp_path / "folder")))
     (tmp_path / "twice.yaml").write_text("text: novel\nlayers: 2\nlayers: 4\n")
     with pytest.raises(TrainError, match="layers is there twice"):
         load_config(tmp_path / "twice.yaml")
