@@ -189,14 +189,17 @@ def strength_of(module: nn.Module, reference: Tensor) -> Any:
 
 def strength_modules(model: nn.Module) -> list[FixedStrength | LearnedStrength]:
     """The strength modules of an enabled model in the order of its layers, PEFT's wrappers undone
-    (the trained copy is the one returned).
+    (the adapter's copy is the one returned, but while the adapter is disabled).
     """
     found: list[FixedStrength | LearnedStrength] = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] != SUBMODULE:
             continue
-        if hasattr(module, "modules_to_save"):  # PEFT's wrapper: the adapter's copy is in use
-            module = module.modules_to_save[module.active_adapters[0]]
+        if hasattr(module, "modules_to_save"):  # PEFT's wrapper
+            if getattr(module, "disable_adapters", False):
+                module = module.original_module
+            else:
+                module = module.modules_to_save[module.active_adapters[0]]
         if isinstance(module, (FixedStrength, LearnedStrength)):
             found.append(module)
     return found

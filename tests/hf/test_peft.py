@@ -53,6 +53,9 @@ def test_learned_strengths_train_and_are_saved_with_the_adapter(build, ids, tmp_
     model.eval()
     assert (strengths(model) > 0).any()
     enable(model, strength="learned", kernel_scale=0.2, precision="high")
+    with model.disable_adapter():
+        assert torch.equal(strengths(model), strengths(base))
+    assert not torch.equal(strengths(model), strengths(base))
     with model.disable_adapter():  # the copy that is in use then is told as well
         modules = [m for m in model.modules() if isinstance(m, LearnedStrength)]
     assert len(modules) == 4
