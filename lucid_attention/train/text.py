@@ -26,12 +26,14 @@ _SAMPLE = 100_000_000
 
 
 def check_outside(source: str | None, folder: Path) -> None:
-    """That a run does not read what it writes.
+    """That a run does not read what it writes; a file that is named is what was meant.
 
     Raises:
         TrainError: the folder is among the text.
     """
     if source is None or (source == NOVEL and not Path(NOVEL).exists()):
+        return
+    if Path(source).expanduser().is_file():
         return
     folder = folder.resolve()
     if any(folder in path.resolve().parents for path in _files(source)):

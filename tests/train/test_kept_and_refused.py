@@ -141,6 +141,7 @@ def test_a_run_does_not_read_itself(tmp_path: Path) -> None:
             run(config(source), tmp_path / "run")
         assert [p.name for p in tmp_path.iterdir()] == ["book.txt"]
     check_outside(f"{tmp_path}/*.txt", tmp_path / "run")
+    check_outside(str(tmp_path / "book.txt"), tmp_path)  # named: meant
 
 
 def test_other_tokens_of_the_same_number(text: Path, trained: Path, tmp_path: Path) -> None:
