@@ -180,8 +180,8 @@ def test_arguments_that_would_fail_later(text: Path, tmp_path: Path, name: str, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what this machine lacks is a GPU")
-def test_no_half_precision_that_is_none(text: Path, tmp_path: Path) -> None:
+def test_no_half_precision_that_is_none(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrainError, match="fp16: there is no GPU here"):
         run(config(text), tmp_path / "run", fp16=True)
 
