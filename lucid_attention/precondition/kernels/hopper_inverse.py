@@ -5,11 +5,7 @@ a multiprocessor, so that one computes while others wait for rows.
 
 * Keys are normalised, put where the tensor cores take them from, and copied from there to the workspace. Of
   values the largest magnitude is looked for.
-* ``P`` in three quadrants. The eight tiles of 16 on the diagonal are inverted by substitution in float32,
-  a thread for each column.
-* Pairs merge as in ``inverse.py``, ``-(1 + X_2) P_21 (1 + X_1)``: to tiles of 32 and then of 64 by products of whole
-  quadrants, of which the new tiles are taken (what else is in them has nothing to do with these); the
-  last pair is the two quadrants.
+* What is left is in ``hopper_quadrants.py``: ``P`` in three quadrants, tiles of 16 inverted and merged by twos.
 
 Most of a program's code is run once, and its instructions come from the second-level cache the first time: a version
 with tiles of 32 to begin with, and with loops unrolled, had 1.6 times as many of them and took up to 1.9 times as long.
@@ -21,16 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from ..numerics import KEY_EPS
 from .hopper_links import marks
-from .hopper_tiles import accumulator, anew, exp2, operand, rows_layout, stores_done
+from .hopper_quadrants import invert_block
+from .hopper_tiles import accumulator, anew, rows_layout, stores_done
 from .prepare import INFINITY_BITS
 
 if TYPE_CHECKING:
@@ -138,141 +130,7 @@ def _inspect(base, stride, width, rows, live, Largest, W: gl.constexpr, layout: 
     return gl.convert_layout(_finite_rows(x), gl.SliceLayout(1, layout))
 
 
-# The inverse
-
-
-@gluon.jit
-def _similarities(own):
-    """Start the products of the quadrants 11, 22 and 21."""
-    zero = gl.zeros([64, 64], gl.float32, accumulator(64))
-    upper = own.index(0)
-    lower = own.index(1)
-    s11 = warpgroup_mma(upper, upper.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s22 = warpgroup_mma(lower, lower.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s21 = warpgroup_mma(lower, upper.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s11, s22, s21
-
-
-@gluon.jit
-def _coupling(s, Live, rows_at, columns_at, strength, c2, shift, MASKED: gl.constexpr):
-    """``b P`` from similarities, 0 at padding (without a mask nothing has to be 0: see ``inverse.py``)."""
-    p = strength * exp2(s * c2 + shift)
-    if MASKED:
-        row = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(64)))
-        column = gl.arange(0, 64, layout=gl.SliceLayout(0, accumulator(64)))
-        live = gl.load(Live + rows_at + row)[:, None] * gl.load(Live + columns_at + column)[None, :]
-        p = gl.where(live > 0, p, 0.0)
-    return p
-
-
-@gluon.jit
-def _of_diagonal(x):
-    """Of a quadrant the four tiles of 16 on the diagonal, below each other: (64, 16). No data moves."""
-    even, odd = gl.split(gl.permute(gl.reshape(x, (64, 2, 2, 16)), (0, 1, 3, 2)))
-    a, c = gl.split(gl.permute(even, (0, 2, 1)))
-    b, d = gl.split(gl.permute(odd, (0, 2, 1)))
-    layout: gl.constexpr = accumulator(16)
-    a, b = gl.convert_layout(a, layout), gl.convert_layout(b, layout)
-    c, d = gl.convert_layout(c, layout), gl.convert_layout(d, layout)
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
-    x = gl.where(row < 32, gl.where(row < 16, a, b), gl.where(row < 48, c, d))
-    # As it is multiplied elsewhere: of identical keys much cancels, and only what was rounded alike does.
-    return x.to(gl.float16).to(gl.float32)
-
-
-@gluon.jit
-def _as_diagonal(x):
-    """The quadrant with these tiles on the diagonal and 0 elsewhere. No data moves."""
-    tile = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(16)))[:, None] // 16
-    a = gl.where(tile == 0, x, 0.0)
-    b = gl.where(tile == 1, x, 0.0)
-    c = gl.where(tile == 2, x, 0.0)
-    d = gl.where(tile == 3, x, 0.0)
-    x = gl.join(gl.join(a, c), gl.join(b, d))  # (row, column, upper bit of the tile, lower bit)
-    x = gl.reshape(gl.permute(x, (0, 2, 3, 1)), (64, 64))
-    return gl.convert_layout(x, accumulator(64)).to(gl.float16)
-
-
-@gluon.jit
-def _eight(tiles, r: gl.constexpr, first: gl.constexpr, layout: gl.constexpr):
-    """Eight entries of row ``r`` of all tiles, a tuple; every thread has those of its tile."""
-    whole: gl.constexpr = gl.BlockedLayout([1, 1, 8], [2, 16, 1], [4, 1, 1], [2, 1, 0])
-    x = tiles.slice(r, 1, dim=1).slice(first, 8, dim=2).load(whole)
-    a, b = gl.split(gl.reshape(x, (8, 2, 2, 2)))
-    aa, ab = gl.split(a)
-    ba, bb = gl.split(b)
-    x0, x4 = gl.split(aa)
-    x2, x6 = gl.split(ab)
-    x1, x5 = gl.split(ba)
-    x3, x7 = gl.split(bb)
-    return (
-        gl.convert_layout(x0, layout), gl.convert_layout(x1, layout), gl.convert_layout(x2, layout),
-        gl.convert_layout(x3, layout), gl.convert_layout(x4, layout), gl.convert_layout(x5, layout),
-        gl.convert_layout(x6, layout), gl.convert_layout(x7, layout),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _paired(parts, HALF: gl.constexpr):
-    """Each of the first ``HALF`` tensors with the one that is so far behind it, in a last dimension."""
-    pairs = (gl.join(parts[0], parts[HALF]),)
-    for i in gl.static_range(1, HALF):
-        pairs = pairs + (gl.join(parts[i], parts[HALF + i]),)  # noqa: RUF005
-    return pairs
-
-
-@gluon.jit
-def _substitute(tiles):
-    """The inverses of eight unit lower triangular tiles of 16, without the ones, below each other: (128, 16).
-
-    Plain substitution in float32, row by row. Only what is under the diagonals is read.
-    """
-    columns: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
-    column = gl.arange(0, 16, layout=gl.SliceLayout(0, columns))[None, :]
-    nothing = gl.zeros([8, 16], gl.float32, columns)
-    solved = (nothing + gl.where(column == 0, 1.0, 0.0),)
-    below = (nothing,)
-    for r in gl.static_range(1, 16):
-        # Entries of the row from r on are 0.
-        x = nothing
-        for part in gl.static_range((r + 7) // 8):
-            entries = _eight(tiles, r, 8 * part, gl.SliceLayout(1, columns))
-            for k in gl.static_range(min(r - 8 * part, 8)):
-                x -= entries[k][:, None] * solved[8 * part + k]
-        solved = solved + (x + gl.where(column == r, 1.0, 0.0),)  # noqa: RUF005
-        below = below + (x,)  # noqa: RUF005
-    for level in gl.static_range(4):
-        below = _paired(below, 8 >> level)
-    return gl.reshape(gl.permute(gl.reshape(below[0], (8, 16, 16)), (0, 2, 1)), (128, 16))
-
-
-@gluon.jit
-def _from_left(C, second):
-    """Start ``C + second C``; operands in shared memory."""
-    return warpgroup_mma(second, C, C.load(accumulator(64)).to(gl.float32), is_async=True)
-
-
-@gluon.jit
-def _from_right(below, first):
-    """Start ``below + below first``."""
-    return warpgroup_mma(operand(below, 64), first, below, is_async=True)
-
-
-@gluon.jit
-def _merge(place, below, level):
-    """Add to a quadrant what is new: minus ``below`` under every second tile of 16 (``level`` 0) or 32 (1) on the diagonal."""
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, accumulator(64)))[:, None]
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, accumulator(64)))[None, :]
-    small = (row // 16 == column // 16 + 1) & (row // 16 % 2 == 1)
-    large = (row >= 32) & (column < 32)
-    new = (small & (level == 0)) | (large & (level > 0))
-    below = gl.where(new, -below, 0.0).to(gl.float16)
-    # It was 0 there.
-    both = gl.inline_asm_elementwise(
-        "or.b32 $0, $1, $2;", "=r,r,r", [place.load(accumulator(64)), below],
-        dtype=gl.float16, is_pure=True, pack=2,
-    )  # fmt: skip
-    place.store(both)
+# Results
 
 
 @gluon.jit
@@ -375,8 +233,6 @@ def hopper_inverse_kernel(
     fence_async_shared()
     gl.thread_barrier()
     _copy_keys(KeyRows, slot, own)
-    s11, s22, s21 = _similarities(own)
-
     bits = _float_bits(largest, Value.dtype.element_ty)
     worst = bits
     if Second is not None:
@@ -388,7 +244,6 @@ def hopper_inverse_kernel(
         if Second is not None:
             gl.atomic_max(LargestSecond + entry, bits_second, sem="relaxed")
     else:
-        s11, s22, s21 = warpgroup_mma_wait(0, deps=[s11, s22, s21])
         stores_done(block)  # of the keys, which are stored again
         gl.thread_barrier()
         near = gl.arange(0, 64, layout=gl.SliceLayout(1, plain))
@@ -414,54 +269,13 @@ def hopper_inverse_kernel(
         fence_async_shared()
         gl.thread_barrier()
         _copy_keys(KeyRows, slot, own)
-        s11, s22, s21 = _similarities(own)
 
     strength = 1.0
     if Strength is not None:
         strength = gl.load(Strength + head).to(gl.float32)
-    MASKED: gl.constexpr = Mask is not None
-    s11, s22, s21 = warpgroup_mma_wait(0, deps=[s11, s22, s21])
-    tma.store_wait(0)
-    gl.thread_barrier()  # nobody reads the keys any more: what is allocated from here on may take their place
-    p11 = _coupling(s11, Live, start, start, strength, c2, shift, MASKED)
-    p22 = _coupling(s22, Live, start + 64, start + 64, strength, c2, shift, MASKED)
-    p21 = _coupling(s21, Live, start + 64, start, strength, c2, shift, MASKED)
-    coupling = gl.allocate_shared_memory(gl.float16, [3, 64, 64], TTile.layout)
-    coupling.index(0).store(p11.to(gl.float16))
-    coupling.index(1).store(p22.to(gl.float16))
-    coupling.index(2).store(p21.to(gl.float16))
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    tiles = gl.allocate_shared_memory(gl.float32, [128, 16], flat)
-    upper_tiles = tiles.slice(0, 64, dim=0)
-    lower_tiles = tiles.slice(64, 64, dim=0)
-    upper_tiles.store(_of_diagonal(p11))
-    lower_tiles.store(_of_diagonal(p22))
-    tiles.store(_substitute(tiles._reinterpret(gl.float32, [8, 16, 16], cube)))
-    inverse = gl.allocate_shared_memory(gl.float16, [2, 64, 64], TTile.layout)
-    first = inverse.index(0)
-    second = inverse.index(1)
-    first.store(_as_diagonal(upper_tiles.load(accumulator(16))))
-    second.store(_as_diagonal(lower_tiles.load(accumulator(16))))
-    fence_async_shared()
-    gl.thread_barrier()
-    for level in range(twice):
-        below = _from_left(coupling.index(0), first)
-        below2 = _from_left(coupling.index(1), second)
-        below, below2 = warpgroup_mma_wait(0, deps=[below, below2])
-        below = _from_right(below, first)
-        below2 = _from_right(below2, second)
-        below, below2 = warpgroup_mma_wait(0, deps=[below, below2])
-        gl.thread_barrier()
-        _merge(first, below, level)
-        _merge(second, below2, level)
-        fence_async_shared()
-        gl.thread_barrier()
-    corner = coupling.index(2)
-    below = warpgroup_mma_wait(0, deps=[_from_left(corner, second)])
-    below = warpgroup_mma_wait(0, deps=[_from_right(below, first)])
-    gl.thread_barrier()
-    corner.store((-below).to(gl.float16))
+    first, corner, second = invert_block(
+        own, Live, start, strength, c2, shift, length, TTile, Mask is not None
+    )
     if OPERAND:
         gl.thread_barrier()
         T += slot.to(gl.int64) * (3 * 4096)
