@@ -18,6 +18,8 @@ from lucid_attention.hf import enable
 __all__ = ["GenerateError", "Settings", "Summary", "generate", "load", "read_prompt"]
 
 CACHES = ("dynamic", "static", "offloaded")
+COLDEST = 1e-4
+"""Scores over a lower temperature are not all finite in float32."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -51,8 +53,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise GenerateError(f"--new-tokens: expected 1 or more, got {self.new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise GenerateError(f"--temperature: expected 0 or more, got {self.temperature:g}")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < float("inf")):
+            raise GenerateError(
+                f"--temperature: expected 0 (the likeliest token) or {COLDEST:g} and more, got {self.temperature:g}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise GenerateError(f"--top-k: expected 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
@@ -113,6 +117,12 @@ class _Streamer(TextStreamer):
             self.summary.times.append(time.perf_counter())
         super().put(value)
 
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Prints it; what standard output's encoding does not have is escaped."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        super().on_finalized_text(text, stream_end=stream_end)
+
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt itself, or a file's text; "-" is standard input.
@@ -124,12 +134,21 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise GenerateError("give either --prompt or --file")
     if prompt is not None:
         text, name = prompt, "--prompt"
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of an argument that are no text
+            raise GenerateError(f"{name}: is not UTF-8 text") from None
     else:
         assert file is not None
         name = f"--file {file}"
         try:
-            data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-            text = data.decode()
+            if str(file) != "-":
+                data = file.read_bytes()
+            elif sys.stdin is None:
+                raise GenerateError(f"{name}: standard input is closed")
+            else:
+                data = sys.stdin.buffer.read()
+            text = data.decode("utf-8-sig")
         except OSError as error:
             raise GenerateError(f"{name}: {error.strerror or error}") from None
         except UnicodeDecodeError:
@@ -152,7 +171,8 @@ def load(
             scale of a LUCID checkpoint stay. None runs it as it was saved.
 
     Raises:
-        GenerateError: no such model, not a causal language model, LUCID cannot take it, no such device.
+        GenerateError: no such model, not a causal language model, weights that lack something, LUCID cannot take it,
+            no such device.
     """
     if dtype not in DTYPES:
         raise GenerateError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -173,14 +193,24 @@ def load(
         raise GenerateError("--device: expected a device that computes, got meta")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
+    except (
+        OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError,
+    ) as error:  # fmt: skip
         first = str(error).strip().split("\n")[0]
         if path.is_dir() and not any(path.glob("token*")):
             first = "it has no tokenizer"
         elif "/" in name and path.parent.is_dir() and not path.is_dir():
             first = f"{path.parent} has no folder {path.name}, and {first}"
         raise GenerateError(f"{name}: cannot be loaded: {first}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise GenerateError(
+            f"{name}: is no complete causal language model: {len(missing)} tensors that it needs are not among its "
+            f"weights ({missing[0]}{', ..' if len(missing) > 1 else ''}), and would be random or start anew"
+        )
     try:
         if strength is not None:
             saved = getattr(model.config, "lucid", None) or {}
@@ -210,14 +240,21 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
         A `Summary`, whose text is a line for the user.
 
     Raises:
-        GenerateError: the prompt has no tokens, there is no GPU to offload from, or the model does not go on beyond
-            the positions it was made for.
+        GenerateError: the prompt has no tokens, or one that the model does not know; there is no GPU to offload from;
+            the checkpoint's generation settings do not go with this; the model does not go on beyond the positions it
+            was made for.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise GenerateError("the prompt has no tokens")
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = int(inputs["input_ids"].max())
+    if largest >= known:
+        raise GenerateError(
+            f"the tokenizer is another model's: it made token {largest} of the prompt, and the model knows {known}"
+        )
     if settings.cache == "offloaded" and model.device.type != "cuda":
         raise GenerateError(
             f"--cache: offloaded moves the cache off a CUDA device, and the model is on {model.device}"
@@ -231,22 +268,32 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
         )
     summary = Summary(describe(model), length)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    how["num_beams"] = 1  # nothing can be shown before a beam search ends
+    # What a checkpoint's own settings may ask for and a stream cannot have: beams, of which nothing can be shown before
+    # they end, several texts, several tokens at once, more than tokens, another cache.
+    how |= {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None}
+    how |= {"output_attentions": False, "return_dict_in_generate": False}
+    how["cache_implementation"] = None if settings.cache == "dynamic" else settings.cache
     if settings.temperature > 0:
         how |= {"do_sample": True, "temperature": settings.temperature}
         how |= {"top_k": settings.top_k or 0, "top_p": settings.top_p or 1.0}
-    if settings.cache != "dynamic":
-        how["cache_implementation"] = settings.cache
     if tokenizer.pad_token_id is None and model.generation_config.pad_token_id is None:
         how["pad_token_id"] = tokenizer.eos_token_id
     set_seed(settings.seed)
     streamer = _Streamer(tokenizer, summary)
     summary.times.append(time.perf_counter())
     try:
-        model.generate(**inputs, max_new_tokens=settings.new_tokens, streamer=streamer, **how)
+        model.generate(
+            **inputs,
+            max_new_tokens=settings.new_tokens,
+            streamer=streamer,
+            tokenizer=tokenizer,
+            **how,
+        )
     except KeyboardInterrupt:
         streamer.end()
         summary.interrupted = True
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise GenerateError(str(error).strip().split("\n")[0]) from error
     except IndexError:
         if most is None or length + settings.new_tokens <= most:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -131,7 +133,9 @@ def test_more_than_the_positions_is_said(checkpoints: dict[str, Path]) -> None:
         (["LUCID", "-p", "  "], "--prompt: is empty"),
         (["LUCID", "-f", "missing.txt"], "--file missing.txt: No such file"),
         (["LUCID", "-p", "a", "-n", "0"], "--new-tokens: expected 1 or more"),
-        (["LUCID", "-p", "a", "-t", "-1"], "--temperature: expected 0 or more"),
+        (["LUCID", "-p", "a", "-t", "-1"], "--temperature: expected 0 (the likeliest token)"),
+        (["LUCID", "-p", "a", "-t", "1e-300"], "or 0.0001 and more, got 1e-300"),
+        (["LUCID", "-p", "a\udcff"], "--prompt: is not UTF-8 text"),
         (["LUCID", "-p", "a", "--top-k", "5"], "give a --temperature as well"),
         (["LUCID", "-p", "a", "-t", "1", "--top-p", "2"], r"--top-p: expected a number in (0, 1]"),
         (["LUCID", "-p", "a", "--cache", "paged"], "--cache: expected one of dynamic, static"),
@@ -166,12 +170,102 @@ def test_corrupt_weights_are_one_line(checkpoints: dict[str, Path], tmp_path: Pa
     assert "cannot be loaded" in result.stderr.strip().splitlines()[-1]
 
 
-def test_beams_in_a_checkpoint_do_not_matter(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "beams"
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "quantized"},
+        {"output_attentions": True, "return_dict_in_generate": True},
+    ],
+)
+def test_what_a_stream_cannot_have_does_not_matter(
+    settings: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
     shutil.copytree(checkpoints["lucid"], folder)
-    (folder / "generation_config.json").write_text('{"num_beams": 3}')
-    expected = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "5")
-    assert lucid(str(folder), "-p", PROMPT, "-n", "5").stdout == expected.stdout
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    prompt = "abc" * 8  # of which a lookup makes several tokens at once
+    expected = lucid(str(checkpoints["lucid"]), "-p", prompt, "-n", "30")
+    result = lucid(str(folder), "-p", prompt, "-n", "30")
+    assert result.stdout == expected.stdout
+    assert " 30 new tokens" in result.stderr.strip().splitlines()[-1]
+
+
+def test_stop_strings_of_a_checkpoint_stop(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["lucid"], folder)
+    text = lucid(str(folder), "-p", PROMPT, "-n", "20").stdout.rstrip("\n")
+    stop = next(c for c in text if c.isascii() and c.isprintable())
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [stop]}))
+    result = lucid(str(folder), "-p", PROMPT, "-n", "20")
+    assert result.exit_code == 0
+    assert result.stdout.rstrip("\n") == text[: text.index(stop) + 1] != text
+
+
+def test_settings_that_do_not_go_together_are_one_line(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["lucid"], folder)
+    (folder / "generation_config.json").write_text('{"max_time": "soon"}')
+    result = lucid(str(folder), "-p", PROMPT)
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("lucid generate: ")
+
+
+@pytest.mark.parametrize("tensor", ["k_proj", "strength_bias"])
+def test_weights_that_lack_something_are_refused(
+    tensor: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """They would be random, or a learned strength 0 again, whatever was learned."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["lucid"])
+    enable(model, strength="learned")
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(checkpoints["lucid"]).save_pretrained(tmp_path)
+    assert lucid(str(tmp_path), "-p", PROMPT, "-n", "2").exit_code == 0
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {name: x for name, x in weights.items() if f"layers.1.self_attn.{tensor}" not in name.replace("lucid.", "")}  # fmt: skip
+    assert len(lacking) == len(weights) - 1
+    save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = lucid(str(tmp_path), "-p", PROMPT, "-n", "2")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "1 tensors that it needs are not among its weights" in result.stderr.splitlines()[-1]
+    assert tensor in result.stderr.splitlines()[-1]
+
+
+def test_another_models_tokenizer_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["lucid"], tmp_path, dirs_exist_ok=True)
+    config = LlamaConfig.from_pretrained(checkpoints["softmax"])
+    config.vocab_size = 100
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    result = lucid(str(tmp_path), "-p", PROMPT)
+    assert result.exit_code == 2
+    assert "the tokenizer is another model's" in result.stderr.splitlines()[-1]
+
+
+def test_an_output_that_cannot_say_everything(checkpoints: dict[str, Path]) -> None:
+    """What its encoding lacks is escaped; a real process whose output is ASCII."""
+    command = [sys.executable, "-c", "from lucid_attention.cli import main; main()", "generate", str(checkpoints["lucid"]), "-p", PROMPT, "-n", "20"]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert child.returncode == 0, child.stderr.decode()[-500:]
+    said = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "20").stdout
+    assert not said.isascii()
+    assert child.stdout == said.encode("ascii", "backslashreplace")
+
+
+def test_a_mark_at_a_files_beginning_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(PROMPT.encode("utf-8-sig"))
+    assert read_prompt(None, path) == PROMPT
+
+
+def test_a_closed_standard_input_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(GenerateError, match="standard input is closed"):
+        read_prompt(None, Path("-"))
 
 
 def test_a_model_of_learned_positions_ends_with_them(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lucid_attention.precondition.autocast import autocast, no_autocast
+from lucid_attention.precondition.differentiation import refuse_transforms
 from lucid_attention.precondition.registration import fake_of, operator_changing
 from lucid_attention.precondition.validation import (
     check_key_mask,
@@ -77,7 +78,8 @@ def lucid_attention_with_kvcache(
         key_mask: bool ``(batch, keys)``, False for padding among cached and new tokens, as it was when each
             was written; ``keys`` at least what is cached after the call. Output and ``y`` of padding are 0.
         block_table: int32 ``(batch, most pages)``: a sequence's rows ``p * page_size ..`` are page
-            ``block_table[b, p]`` of the caches. Pages that new tokens go to belong to one sequence alone.
+            ``block_table[b, p]`` of the caches. Pages that new tokens go to belong to one sequence alone. Both are checked
+            where the table can be read on the host; on a GPU what a length reaches must be pages of the cache.
         scale, kernel_scale, strength: as in `lucid_attention.lucid_attention`.
         softcap: scores of the softmax become ``softcap * tanh(scores / softcap)``.
         sinks: ``(heads,)`` scores of one more key that all see and whose value is 0.
@@ -90,8 +92,8 @@ def lucid_attention_with_kvcache(
 
     Returns:
         ``(batch, heads, tokens, value_dim)``, query's dtype. If the new tokens do not fit, or a length is negative,
-        and ``cache_seqlens`` could not be read on the host (a tensor on a GPU), that row's output is NaN and its
-        cache is unchanged.
+        and ``cache_seqlens`` could not be read on the host (a tensor on a GPU, or in a compiled call), that row's output
+        is NaN and its cache is unchanged; without a GPU the same of a page that is not there in a compiled call.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -117,6 +119,7 @@ def lucid_attention_with_kvcache(
     query, key, value = autocast(query), autocast(key), autocast(value)
     check_key_value(key, value)
     check_query(query, key)
+    refuse_transforms("lucid_attention_with_kvcache", query, key, value, key_cache, y_cache)
     check_caches(key_cache, y_cache, key, value, block_table)
     check_no_gradient(query, key, value, key_cache, y_cache, y_scale, strength, sinks)
     check_block_table(block_table, key)

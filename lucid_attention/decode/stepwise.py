@@ -44,6 +44,8 @@ def attend(
     length = cache_seqlens.long()
     length = torch.where(length < 0, capacity, length.clamp(max=capacity)).expand(batch)[:, None]
     fits = length + tokens <= capacity
+    if block_table is not None:
+        fits = fits & _are_there(block_table, length + tokens, key_cache)
     place = length + torch.arange(tokens, device=key.device)
     column = torch.arange(capacity, device=key.device)
     seen = column < length
@@ -76,6 +78,13 @@ def attend(
     return torch.where(fits[:, None, :, None], output, float("nan")).to(query.dtype)
 
 
+def _are_there(block_table: Tensor, ends: Tensor, cache: Tensor) -> Tensor:
+    """Whether all pages that rows up to ``ends`` ``(batch, 1)`` need are the cache's: ``(batch, 1)``."""
+    needed = torch.arange(block_table.shape[1], device=ends.device) * cache.shape[2] < ends
+    known = (block_table >= 0) & (block_table < cache.shape[0])
+    return (known | ~needed).all(1, keepdim=True)
+
+
 def _gathered(cache: Tensor, block_table: Tensor) -> Tensor:
     """Pages as ``(batch, heads, rows, width)``; entries that no length reaches may be anything."""
     pages = cache[block_table.long().clamp(0, max(0, cache.shape[0] - 1))]
@@ -97,6 +106,11 @@ def _write(
     if cache.numel() == 0 or tokens == 0:
         return
     rows = rows.transpose(1, 2)
+    if block_table is not None:
+        # A row that does not fit may name a page that another one writes: it writes what the first that fits does.
+        row = torch.arange(batch, device=place.device)
+        source = torch.where(fits[:, 0], row, fits[:, 0].long().argmax())
+        rows, first, at, fits = rows[source], first[source], at[source], fits[source]
     present = cache[first, :, at]
     cache[first, :, at] = torch.where(fits[..., None, None], rows.to(cache.dtype), present)
 

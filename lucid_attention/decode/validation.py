@@ -105,6 +105,9 @@ def check_y_scale(y_scale: Tensor | None, key: Tensor) -> None:
             f"y_scale must have shape (batch, kv_heads) on key's device, expected {tuple(key.shape[:2])} on "
             f"{key.device}, got {tuple(y_scale.shape)} on {y_scale.device}."
         )
+    readable = y_scale.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not bool(((y_scale > 0) & y_scale.isfinite()).all()):
+        raise ValueError("y_scale must hold finite numbers above 0 (powers of two).")
 
 
 def check_sinks(sinks: Tensor | None, query: Tensor) -> None:
@@ -152,15 +155,36 @@ def check_room(
                 f"the cache is full: {length} cached and {tokens} new tokens in a capacity of {capacity} (of key_mask "
                 f"and block_table, too). Nothing was written; copy it into a larger one."
             )
-    if block_table is not None and block_table.device.type == "cpu" and tokens > 0:
-        size = key_cache.shape[2]
-        for b, pages in enumerate(block_table.tolist()):
-            length = lengths[b if len(lengths) > 1 else 0]
-            for page in pages[: -(-(length + tokens) // size)]:
-                if not 0 <= page < key_cache.shape[0]:
-                    raise ValueError(
-                        f"block_table of row {b} names page {page}, but there are {key_cache.shape[0]}."
-                    )
+    readable = block_table is not None and block_table.device.type == "cpu"
+    if readable and tokens > 0 and not torch.compiler.is_compiling():
+        assert block_table is not None
+        _check_pages(block_table.tolist(), lengths, tokens, key_cache)
+
+
+def _check_pages(
+    table: list[list[int]], lengths: list[int], tokens: int, key_cache: Tensor
+) -> None:
+    """Every page that is needed is there, and one that is written is needed by one row alone."""
+    pages, _, size, _ = key_cache.shape
+    needed_by: dict[int, int] = {}
+    written: list[tuple[int, int]] = []
+    for b, row in enumerate(table):
+        length = lengths[b if len(lengths) > 1 else 0]
+        needed = row[: -(-(length + tokens) // size)]
+        for page in needed:
+            if not 0 <= page < pages:
+                raise ValueError(
+                    f"block_table of row {b} names page {page}, but there are {pages}."
+                )
+            needed_by[page] = needed_by.get(page, 0) + 1
+        written += [(b, page) for page in needed[length // size :]]
+    for b, page in written:
+        if needed_by[page] > 1:
+            raise ValueError(
+                f"block_table names page {page} more than once, and new tokens of row {b} go to it: what one sequence "
+                "writes another would read. Give every row pages of its own for its new tokens; only pages that are "
+                "full may be shared. Nothing was written."
+            )
 
 
 def resolve_lengths(cache_seqlens: int | Tensor, key: Tensor) -> Tensor:
@@ -172,6 +196,8 @@ def resolve_lengths(cache_seqlens: int | Tensor, key: Tensor) -> Tensor:
             f"cache_seqlens must be an int or an integer tensor, got {kind(cache_seqlens)}."
         )
     if not isinstance(cache_seqlens, Tensor):
+        if isinstance(cache_seqlens, int):  # what int32 does not hold does not fit either
+            cache_seqlens = max(-1, min(cache_seqlens, 2**31 - 1))
         return torch.full((1,), cache_seqlens, dtype=torch.int32, device=key.device)
     if cache_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cache_seqlens must be int32 or int64, got {cache_seqlens.dtype}.")

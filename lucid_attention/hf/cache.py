@@ -208,7 +208,8 @@ class LucidLayer:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._select(beam_idx)
 
-    def _select(self, rows: Tensor) -> None:
+    def _select(self, rows: Tensor | list[int]) -> None:
+        rows = torch.as_tensor(rows)
         self.real = None if self.real is None else self.real[rows.to(self.real.device)]
         if self.y_scale is not None:
             self.y_scale = self.y_scale[rows.to(self.y_scale.device)]
@@ -314,7 +315,16 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.known = min(self.known, self.keys.shape[-2]) if self.is_initialized else 0
-        self.real = None if self.real is None else self.real[:, : self.known]
+        # Cropped to nothing, it takes another batch.
+        self.real = None if self.real is None or not self.known else self.real[:, : self.known]
+
+    def reset(self) -> None:
+        """Empties it; a stock layer fills its tensors with zeros, which stay cached."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        self.buffers, self.filled, self.pending = None, 0, None
+        self.known, self.real = 0, None
+        self.scaled = self.y_scale is None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -455,6 +465,13 @@ class LucidCache(DynamicCache):
         if isinstance(lucid, dict):
             upgrade(self, lucid["layers"], len(self.layers))
 
+    def reset(self) -> None:
+        """Empties the cache; stock growing layers keep zeros in the place of what they held."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+
 
 class _OrderedStream(torch.cuda.Stream):
     """The stream on which an offloading cache brings back its next layer, after all that the model has asked for so far on the
@@ -510,7 +527,8 @@ def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> Non
                 raise ValueError(
                     f"past_key_values: layer {index} of this cache holds preconditioned values, "
                     f"but the model's LUCID layers are {sorted(expected)} of {number_of_layers}; "
-                    "the cache belongs to another model; start with a new cache"
+                    "the cache belongs to another model, or generate(assistant_early_exit=...), which shares one cache "
+                    "between a model and its first layers, is not supported for this one; start with a new cache"
                 )
             layer.armed = True
         elif index in expected and isinstance(layer, _QUANTIZED):

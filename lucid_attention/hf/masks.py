@@ -220,7 +220,8 @@ def convert_4d_mask(
         row = [int(i) for i in wrong.nonzero()[0]]
         raise ValueError(
             f"attention_mask: expected a 4-D mask that is exactly causal x documents x padding, got "
-            f"another value at (batch, query, key) = {tuple(row)}; {_REMEDY}"
+            f"another value at (batch, query, key) = {tuple(row)}; {_REMEDY}; with a static cache, whose room is wider "
+            "than what is cached, pass the 2-D padding mask"
         )
     if past == 0 and bool((documents[:, 1:] != documents[:, :-1]).any()):
         return real, documents

@@ -21,6 +21,18 @@ def refuse_forward_mode(*operands: Tensor | None) -> None:
             )
 
 
+def refuse_transforms(name: str, *operands: object) -> None:
+    """Raise if an operand is a wrapper of ``torch.func`` or ``torch.vmap``: it has no memory to be written."""
+    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    if wrapped is None or torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, Tensor) and wrapped(x) for x in operands):
+        raise RuntimeError(
+            f"{name} writes its cache and is not for torch.func and torch.vmap (grad, vjp, jvp, vmap). Give the batch "
+            "as the first dimension, and train with lucid_attention.precondition(..., past=...) and reverse mode."
+        )
+
+
 def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     """The autograd formula of every backward operator."""
     raise RuntimeError(

@@ -119,3 +119,83 @@ def test_pages_beyond_the_lengths_may_be_anything() -> None:
     table = torch.tensor([[0, -1], [2, 999]], dtype=torch.int32)
     call = arguments(**{**PAGED, "block_table": table, "cache_seqlens": 3})
     assert bool(lucid_attention_with_kvcache(**call).isfinite().all())
+
+
+def decode(**changes: Any) -> Tensor:
+    return lucid_attention_with_kvcache(**arguments(**{**PAGED, **changes}))
+
+
+def test_pages_that_are_written_belong_to_one_row() -> None:
+    """Full pages may be shared, a page that new tokens go to may not, nor be read by another row."""
+    table = torch.tensor([[0, 1], [0, 3]], dtype=torch.int32)
+    assert (
+        decode(block_table=table, cache_seqlens=5).isfinite().all()
+    )  # both share their full page 0
+    for pages, length in (([[0, 1], [2, 1]], 5), ([[0, 1], [1, 3]], 5), ([[0, 0], [2, 3]], 4)):
+        cache = torch.randn(5, 2, 4, 8)
+        call = arguments(**PAGED | {"key_cache": cache, "cache_seqlens": length})
+        call["key_cache"], call["block_table"] = cache, torch.tensor(pages, dtype=torch.int32)
+        before = cache.clone()
+        with pytest.raises(ValueError, match=r"block_table names page [01] more than once"):
+            lucid_attention_with_kvcache(**call)
+        assert torch.equal(cache, before)
+
+
+@pytest.mark.parametrize("page", [-1, 5, 99])
+def test_a_page_that_is_not_there_in_a_compiled_call(page: int) -> None:
+    """Its row is NaN, nothing is written for it, and the other rows get what they would have got alone."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lucid_attention_with_kvcache, fullgraph=True, backend="eager")
+    call = arguments(**PAGED | {"cache_seqlens": torch.tensor([4, 1])})
+    call["block_table"] = torch.tensor([[1, page], [0, 2]], dtype=torch.int32)
+    call["key_cache"], call["y_cache"] = torch.randn(5, 2, 4, 8), torch.randn(5, 2, 4, 6)
+    alone = {
+        name: x[1:] if name in ("query", "key", "value", "block_table", "cache_seqlens") else x.clone()
+        for name, x in call.items()
+    }  # fmt: skip
+    expected = lucid_attention_with_kvcache(**alone)
+    output = compiled(**call)
+    assert output[0].isnan().all()
+    torch.testing.assert_close(output[1:], expected)
+    assert torch.equal(call["key_cache"], alone["key_cache"])
+    assert torch.equal(call["y_cache"], alone["y_cache"])
+
+
+def test_an_int_length_with_pages_compiles() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lucid_attention_with_kvcache, fullgraph=True, backend="eager")
+    call = arguments(**PAGED)
+    torch.testing.assert_close(compiled(**call), lucid_attention_with_kvcache(**call))
+
+
+@pytest.mark.parametrize("length", [2**31 - 1, 2**31, 2**70])
+def test_a_length_beyond_every_cache(length: int) -> None:
+    with pytest.raises(ValueError, match="the cache is full"):
+        lucid_attention_with_kvcache(**arguments(cache_seqlens=length))
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf"), -1.0])
+def test_scales_of_y_are_above_0(scale: float) -> None:
+    y_scale = torch.ones(2, 2)
+    y_scale[1, 0] = scale
+    with pytest.raises(ValueError, match="y_scale must hold finite numbers above 0"):
+        lucid_attention_with_kvcache(**arguments(y_scale=y_scale))
+
+
+def test_function_transforms_are_refused_by_name() -> None:
+    call = arguments()
+    names = list(call)
+
+    def output(*values: Any) -> Tensor:
+        return lucid_attention_with_kvcache(**dict(zip(names, values, strict=True)))
+
+    with pytest.raises(
+        RuntimeError, match=r"lucid_attention_with_kvcache .* is not for torch.func"
+    ):
+        torch.func.grad(lambda x: output(x, *list(call.values())[1:]).sum())(call["query"])
+    with pytest.raises(
+        RuntimeError, match=r"lucid_attention_with_kvcache .* is not for torch.func"
+    ):
+        torch.vmap(output, in_dims=(0, 0, 0, 0, 0, None))(
+            *[x[:, None] if isinstance(x, Tensor) else x for x in call.values()]
+        )

@@ -398,6 +398,61 @@ def test_a_cache_cropped_to_nothing_takes_another_batch(build, ids):
     assert torch.equal(layer.values, fresh.layers[0].values)
 
 
+@pytest.mark.parametrize(
+    "family", ["Llama", "Gemma3Text"]
+)  # all layers LUCID; sliding layers between
+def test_a_growing_cache_is_reset(family, build, ids):
+    """Empty, and what was taken from its LUCID layers before stays what it was."""
+    model = enable(build(family)).requires_grad_(False)
+    cache = LucidCache(model.config)
+    model(ids.flip(0)[:, :7], past_key_values=cache)
+    layer = cache.layers[lucid_layers(cache)[0]]
+    taken = [layer.keys, layer.values]
+    before = [x.clone() for x in taken]
+    cache.reset()
+    assert cache.get_seq_length() == 0 and lucid_layers(cache)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    for start, end in ((0, 9), (9, 10), (10, 19)):
+        got = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(got[1], expected[1, 10:], **TOLERANCE)
+    torch.testing.assert_close(got[0], expected[0, 10:], **TOLERANCE)
+    assert all(torch.equal(x, y) for x, y in zip(taken, before, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["crop", "crop, then select"])
+def test_a_padded_cache_cropped_to_nothing_takes_another_batch(how, build, ids):
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    rows = ids.repeat(2, 1)
+    model(rows[:3, :8], attention_mask=mask, past_key_values=cache)
+    cache.crop(-8)
+    if how != "crop":
+        cache.batch_select_indices(torch.tensor([0, 1]))
+    got = model(rows[:2, :12], past_key_values=cache).logits
+    expected = model(rows[:2, :12], use_cache=False).logits
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_selected_by_a_list(build, ids):
+    """As of stock caches; in half precision and with padding, which have something of every row beside it."""
+    model = enable(build("Llama")).bfloat16()
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    both = []
+    for rows in ([1], torch.tensor([1])):
+        cache = LucidCache(model.config)
+        model(ids[:, :10], attention_mask=mask[:, :10], past_key_values=cache)
+        cache.batch_select_indices(rows)
+        both.append(model(ids[1:, 10:], attention_mask=mask[1:], past_key_values=cache).logits)
+    assert torch.equal(*both)
+
+
 @torch.no_grad()
 def test_a_row_that_begins_with_a_chunk_of_padding(build, ids):
     """Its scale takes after the other rows', so that its small values do not lose bits in float16."""
@@ -453,11 +508,7 @@ def test_scales_follow_their_rows(kind, how):
     elif how == "reset":
         layer.reset()
         y = y.flip(0)
-        if kind == "static":
-            put(layer, key, y)
-        else:  # a growing layer is emptied by cropping
-            layer.crop(-5)
-            put(layer, key, y)
+        put(layer, key, y)
     elif how == "select":
         rows = torch.tensor([1])
         layer.batch_select_indices(rows)
