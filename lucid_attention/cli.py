@@ -303,8 +303,8 @@ def build_app() -> typer.Typer:
         scrolls_qasper, ...). Of RULER, niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe and
         ruler_fwe need no network; others say so at once where there is none.
 
-        Written to the results folder, which is never overwritten: results.json, .csv and .md, accuracy.png, samples.jsonl (what
-        was asked and said) and lm_eval.json (the harness's own results).
+        Written to the results folder, which is never overwritten: results.json, .csv and .md, accuracy.png, samples.jsonl (the end
+        of each prompt, what was said) and lm_eval.json (the harness's own results).
 
         Exit codes: 0 done, 2 bad input.
         """

@@ -247,6 +247,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     length = inputs["input_ids"].shape[1]
+    ends = length > 1 and int(inputs["input_ids"][0, -1]) == tokenizer.eos_token_id
+    if ends and not prompt.endswith(tokenizer.eos_token):  # appended: the text is to go on
+        inputs = {name: x[:, :-1] for name, x in inputs.items()}
+        length -= 1
     if length == 0:
         raise GenerateError("the prompt has no tokens")
     known = model.get_input_embeddings().weight.shape[0]

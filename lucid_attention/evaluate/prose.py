@@ -29,6 +29,8 @@ TASKS: dict[str, tuple[Callable[..., Sample], int]] = {
 }
 # Seven digits are three to seven tokens in any tokenizer with digits, a name as many.
 _TOKENS_AN_ANSWER = 12
+_SHOWN = 400
+"""Characters of a prompt's end that are kept: the question."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,12 @@ class ProseTask:
     version: int
 
     def samples(self, prose: str, tokenizer: Any, length: int, number: int, seed: int) -> Iterator[Sample]:  # fmt: skip
-        """``number`` of them; sample ``i`` depends on the task, the length, ``seed`` and ``i`` alone.
+        """``number`` of them; sample ``i`` depends on the task as it is spelled, the length, ``seed`` and ``i`` alone.
 
         ``length`` is of prompt and answer together, in the tokenizer's tokens.
+
+        Raises:
+            ValueError: too short for one of them, or dials that do not go together.
         """
 
         def count(text: str) -> int:
@@ -58,7 +63,17 @@ class ProseTask:
             generator = seeded(self.name, length, seed, index)
             # What it will be answered with is known only when it is made: leave room for the most.
             room = self.new_tokens
-            yield self.make(prose, length - room, count=count, generator=generator, **self.options)
+            dials = {**self.options, "count": count, "generator": generator}
+            try:
+                sample = self.make(prose, length - room, **dials)
+            except ValueError as error:
+                if not str(error).startswith("length"):
+                    raise
+                raise ValueError(
+                    f"{length} tokens leave {length - room} for the prompt and {room} for the answer, of sample {index} of "
+                    f"{self.name} too few: {error}"
+                ) from None
+            yield sample
 
     @property
     def answers(self) -> int:
@@ -88,7 +103,7 @@ def parse_task(text: str) -> ProseTask | None:
     options = {}
     for dial in dials:
         key, equals, value = dial.partition("=")
-        if key not in known or not equals or not value.isdigit():
+        if key not in known or not equals or not (value.isascii() and value.isdigit()):
             raise ValueError(
                 f"{text}: expected {name}, or dials such as {name}:{known[0]}=4; {name} has {', '.join(known)}, got {dial!r}"
             )
@@ -112,13 +127,17 @@ def run_task(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Accuracy of one task at one length: a row, and what was asked and said; ``samples``: made already."""
     samples = samples or list(task.samples(prose, tokenizer, length, number, seed))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Padding is masked: without a token for it any will do.
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in pads if token is not None)
     said: list[str] = []
+    tokens: list[int] = []
     bar = tqdm(total=number, desc=f"{task.name} at {length}", disable=quiet or None, leave=False)
     with bar:
         for start in range(0, number, batch_size):
             prompts = [s.prompt for s in samples[start : start + batch_size]]
-            ids = [tokenizer(p, verbose=False)["input_ids"] for p in prompts]
+            ids = [prompt_ids(tokenizer, p) for p in prompts]
+            tokens += map(len, ids)
             longest = max(map(len, ids))
             # Padding on the left, where it changes nothing.
             rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids])
@@ -138,7 +157,9 @@ def run_task(
             bar.update(len(prompts))
     scores = [score(sample, text) for sample, text in zip(samples, said, strict=True)]
     mean = sum(scores) / number
-    spread = math.sqrt(sum((x - mean) ** 2 for x in scores) / max(1, number - 1) / number)
+    spread = math.nan  # of one sample
+    if number > 1:
+        spread = math.sqrt(sum((x - mean) ** 2 for x in scores) / (number - 1) / number)
     row = {
         "task": task.name,
         "version": task.version,
@@ -152,11 +173,22 @@ def run_task(
         {
             "task": task.name,
             "length": length,
+            "index": index,
+            "prompt_tokens": size,
+            "end_of_prompt": sample.prompt[-_SHOWN:],
             "answers": list(sample.answers),
             "depths": [round(n.depth, 4) for n in sample.needles if n.value in sample.answers or n.key in sample.answers],
             "said": text,
             "score": x,
         }
-        for sample, text, x in zip(samples, said, scores, strict=True)
+        for index, (sample, size, text, x) in enumerate(zip(samples, tokens, said, scores, strict=True))
     ]  # fmt: skip
     return row, records
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's tokens, without the end of text that some tokenizers append: a model is to go on from here."""
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):  # fmt: skip
+        return ids[:-1]
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -11,13 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lucid_attention.generate import GenerateError, load
+from transformers import GenerationConfig
+
+from lucid_attention.generate import GenerateError, describe, load
 from lucid_attention.results import ResultsFolder, environment_facts
 
-from .harness import calls_of, check_tasks, rows_of, run_harness
+from .harness import calls_of, check_tasks, check_tokenizer, rows_of, run_harness
 from .prose import ProseTask, parse_task, run_task
 
 __all__ = ["EvalError", "Evaluation", "evaluate"]
+
+
+_FULL = 0.75
+"""Of a prompt's tokens; with less it is said."""
 
 
 class EvalError(ValueError):
@@ -60,7 +67,7 @@ def evaluate(
         checkpoint: a folder or a hub id.
         tasks: of this project, with dials (``needles``, ``needles:keys=4:queries=2``, ``tracking:hops=2``), or of lm-evaluation-harness
             (``ruler``, ``niah_single_1``, ``babilong``, ``longbench``, ``scrolls_qasper``, ...).
-        lengths: in tokens, prompt and answer together: of this project's tasks and of RULER's.
+        lengths: in tokens, prompt and answer together: of this project's tasks, of RULER's, and (powers of two) BABILong's.
         limit: samples of each task and length.
         batch_size: rows at once.
         seed: of the samples.
@@ -76,6 +83,8 @@ def evaluate(
     if isinstance(tasks, str) or not isinstance(lengths, Sequence):
         raise EvalError(f"tasks, lengths: expected lists, got {tasks!r} and {lengths!r}")
     checkpoint = str(checkpoint)
+    if checkpoint.startswith("~"):
+        checkpoint = str(Path(checkpoint).expanduser())
     out, prose = (None if path is None else Path(path) for path in (out, prose))
     own, others = _parsed(tasks)
     for name, number in (("limit", limit), ("batch_size", batch_size)):
@@ -90,10 +99,18 @@ def evaluate(
         if others:
             check_tasks(others, wanted)
         model, tokenizer = load(checkpoint, dtype=dtype, device=device, strength=strength)
-        for task in own:  # a length that is too short, before hours of others
-            next(iter(task.samples(text, tokenizer, wanted[0], 1, seed)))
+        check_tokenizer(others, tokenizer)
+        # A length that is too short, before hours of others.
+        shortest = [list(t.samples(text, tokenizer, wanted[0], limit, seed)) for t in own]
     except (ValueError, GenerateError) as error:
         raise EvalError(str(error)) from None
+    # Greedy, and nothing else of what the checkpoint says of drawing: a penalty on repetitions is one on copying a needle.
+    ends = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=ends.bos_token_id,
+        eos_token_id=ends.eos_token_id,
+        pad_token_id=ends.pad_token_id,
+    )
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and wanted[-1] > most:
         say(f"{wanted[-1]} tokens are more than the {most} positions that the model was made for")
@@ -101,12 +118,17 @@ def evaluate(
     folder = ResultsFolder.create(out, kind="eval")
     rows: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
-    facts = {"checkpoint": checkpoint, "tasks": list(tasks), "seed": seed, **environment_facts()}
-    for task in own:
+    facts = {
+        "checkpoint": checkpoint, "model": describe(model), "strength": strength, "tasks": list(tasks), "lengths": wanted,
+        "limit": limit, "batch_size": batch_size, "seed": seed, "prose": None if prose is None else str(prose),
+        "prose_sha256": hashlib.sha256(text.encode()).hexdigest() if own else None, **environment_facts(), "finished": False,
+    }  # fmt: skip
+    for task, made in zip(own, shortest, strict=True):
         for length in wanted:
             try:
                 row, said = run_task(
                     task, model, tokenizer, text, length, number=limit, batch_size=batch_size, seed=seed, quiet=quiet,
+                    samples=made if length == wanted[0] else None,
                 )  # fmt: skip
             except ValueError as error:
                 raise EvalError(f"{task.name} at {length}: {error}") from None
@@ -118,28 +140,34 @@ def evaluate(
                 ) from None
             rows.append(row)
             records += said
-            say(f"{task.name} at {length}: {row['value']:.1%} ± {row['stderr']:.1%}")
+            spread = "" if math.isnan(row["stderr"]) else f" ± {row['stderr']:.1%}"
+            say(f"{task.name} at {length}: {row['value']:.1%}{spread}")
+            mean = sum(record["prompt_tokens"] for record in said) / len(said)
+            if mean < _FULL * (length - task.new_tokens):
+                say(
+                    f"{task.name} at {length}: its prompts have {mean:.0f} tokens on average; the prose has long sentences"
+                )
             _write(folder, rows, records, facts)
     if others:
         answers = []
-        for names, these in calls_of(others, wanted):
+        for call in calls_of(others, wanted):
             try:
                 found = run_harness(
-                    model, tokenizer, checkpoint, names, these, limit=limit, batch_size=batch_size, seed=seed,
+                    model, tokenizer, checkpoint, call, limit=limit, batch_size=batch_size, seed=seed,
                 )  # fmt: skip
             except ValueError as error:
                 raise EvalError(str(error)) from None
             answers.append(found)
             folder.write_text("lm_eval.json", json.dumps(answers, indent=2, default=str) + "\n")
-            rows += rows_of(found, these)
+            rows += rows_of(found, call)
             _write(folder, rows, records, facts)
-    _write(folder, rows, records, facts)
+    _write(folder, rows, records, {**facts, "finished": True})
     return Evaluation(folder.path, rows)
 
 
 def _parsed(tasks: Sequence[str]) -> tuple[list[ProseTask], list[str]]:
     own, others = [], []
-    for name in tasks:
+    for name in dict.fromkeys(name.strip() for name in tasks):
         try:
             task = parse_task(name)
         except ValueError as error:

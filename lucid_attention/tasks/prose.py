@@ -45,15 +45,24 @@ class Sample:
 
 
 def score(sample: Sample, said: str) -> float:
-    """The share of the answers that occur, as words, in what a model said; RULER's measure.
+    """The share of the answers that occur, as whole words in any case, in what a model said.
+
+    RULER looks for them as parts of words as well. Commas between thousands do not count.
 
     Example:
         >>> from lucid_attention.tasks import Sample, score
         >>> score(Sample("", ("12", "34"), ()), "12 and 345.")
         0.5
+        >>> score(Sample("", ("1234567", "7654321"), ()), "1234567,7,654,321")
+        1.0
     """
-    found = set(re.findall(r"\w+", said.replace(",", "")))
-    return sum(answer in found for answer in sample.answers) / len(sample.answers)
+    said = said.casefold()
+    found = {
+        word
+        for text in (said, re.sub(r"(?<=\d),(?=\d{3}\b)", "", said))
+        for word in re.findall(r"\w+", text)
+    }
+    return sum(answer.casefold() in found for answer in sample.answers) / len(sample.answers)
 
 
 def words_of(text: str) -> list[str]:
@@ -66,18 +75,30 @@ def words(text: str) -> int:
     return len(words_of(text))
 
 
+_LONGEST = 2000
+"""Characters of a sentence; twice what Jane Austen needs. What is longer is cut at words."""
+_PIECE = 150
+
+
 @functools.lru_cache(maxsize=8)  # the same text serves thousands of samples
 def sentences_of(prose: str) -> tuple[str, ...]:
-    """The sentences of a text, each on one line.
+    """The sentences of a text, each on one line; what has no sentences (code, lists) in pieces of some words.
 
     Raises:
         ValueError: there are none.
     """
     text = " ".join(prose.split())
-    found = tuple(s for s in re.split(r"(?<=[.!?]['\"”’]) |(?<=[.!?]) ", text) if s)
+    ends = r"(?<=[.!?]['\"”’]) |(?<=[.!?]) |(?<=[。！？]) ?"
+    found = tuple(p for s in re.split(ends, text) if s for p in _pieces(s))
     if not found:
         raise ValueError("prose must have at least one sentence, got none")
     return found
+
+
+def _pieces(sentence: str) -> list[str]:
+    if len(sentence) <= _LONGEST:
+        return [sentence]
+    return re.findall(rf"\S(?:.{{0,{_PIECE - 2}}}\S)?(?= |$)|\S{{{_PIECE}}}", sentence)
 
 
 def scatter(

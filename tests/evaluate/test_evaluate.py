@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import pickle
+import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
 from lucid_attention import cli
 from lucid_attention.evaluate import EvalError, evaluate, harness
+from lucid_attention.evaluate.harness import Call
 from lucid_attention.evaluate.prose import parse_task
 from lucid_attention.evaluate.run import table
 from lucid_attention.hf import enable
 from lucid_attention.results import FolderError
 from lucid_attention.tasks import score
+from lucid_attention.tasks.novel import packaged_novel
 from lucid_attention.train.text import train_tokenizer
 
 PROSE = (
@@ -87,6 +93,11 @@ def test_own_tasks(checkpoint: str, prose: Path, tmp_path: Path) -> None:
     assert rows[0]["task"] == "needles" and rows[0]["version"] == "2"
     facts = json.loads((found.folder / "results.json").read_text())
     assert facts["seed"] == 1 and facts["torch"] == torch.__version__ and len(facts["rows"]) == 6
+    # How it was made: another strength or prose is another result.
+    assert facts["lengths"] == [300, 500] and facts["limit"] == 3 and facts["batch_size"] == 2
+    assert facts["prose"] == str(prose) and facts["prose_sha256"] == hashlib.sha256(PROSE.encode()).hexdigest()  # fmt: skip
+    assert facts["strength"] is None and "LUCID in 2 of 2 layers, float32" in facts["model"]
+    assert facts["finished"] is True
 
 
 def test_samples_are_what_the_model_says(checkpoint: str, prose: Path, tmp_path: Path) -> None:
@@ -103,6 +114,11 @@ def test_samples_are_what_the_model_says(checkpoint: str, prose: Path, tmp_path:
         said = model.generate(ids, max_new_tokens=task.new_tokens, do_sample=False)[0, ids.shape[1] :]  # fmt: skip
         assert record["said"] == tokenizer.decode(said, skip_special_tokens=True)
         assert record["answers"] == list(sample.answers)
+        assert record["prompt_tokens"] == ids.shape[1]
+        assert (
+            sample.prompt.endswith(record["end_of_prompt"])
+            and "Question:" in record["end_of_prompt"]
+        )
         assert record["score"] == score(sample, record["said"])
 
 
@@ -129,11 +145,15 @@ def test_answers_have_room() -> None:
     [
         (["needles:colour=3"], {}, "--tasks: needles:colour=3: expected needles, or dials such as needles:keys=4"),
         (["tracking:hops=x"], {}, "got 'hops=x'"),
+        (["needles:keys=²"], {}, "got 'keys=²'"),
+        (["neddles"], {}, "did you mean needles"),
+        (["longbench"], {}, r"longbench: needs .*; pip install 'lm_eval\[longbench\]'"),
+        (["babilong_qa1"], {"lengths": [1024, 3000]}, "babilong: expected lengths among 1024, 2048, .*, got 3000"),
         ([], {}, "--tasks: expected at least one"),
         (["needles"], {"limit": 0}, "--limit: expected 1 or more"),
         (["needles"], {"batch_size": 0}, "--batch-size: expected 1 or more"),
         (["needles"], {"lengths": []}, "--lengths: expected numbers of tokens"),
-        (["needles"], {"lengths": [20]}, "length must"),
+        (["needles"], {"lengths": [20]}, "20 tokens leave 0 for the prompt and 20 for the answer, of sample 0"),
         (["needles:queries=5"], {}, "queries must be at most keys"),
         (["needles"], {"prose": Path("nowhere.txt")}, "--prose nowhere.txt: No such file"),
         (["nonsense_task"], {}, "nonsense_task: is no task of lm-evaluation-harness"),
@@ -156,6 +176,175 @@ def test_a_network_is_asked_for_at_once(checkpoint: str, monkeypatch: pytest.Mon
     harness.check_tasks(["niah_single_1", "ruler_fwe"], [4096])
 
 
+def saved_samples(found: Any) -> list[dict[str, Any]]:
+    lines = (found.folder / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_what_a_checkpoint_says_of_drawing_does_not_matter(
+    checkpoint: str, prose: Path, tmp_path: Path
+) -> None:
+    """A penalty on repetitions is one on copying what is asked for."""
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    settings = json.loads((changed / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "num_beams": 2, "do_sample": True}  # fmt: skip
+    (changed / "generation_config.json").write_text(json.dumps(settings))
+    said = [
+        [s["said"] for s in saved_samples(run(c, ["needles"], lengths=[200], limit=3, prose=prose, out=tmp_path / f"out{i}"))]
+        for i, c in enumerate((checkpoint, str(changed)))
+    ]  # fmt: skip
+    assert said[0] == said[1] and any(said[0])
+
+
+def test_a_tokenizer_that_ends_its_texts(checkpoint: str, prose: Path, tmp_path: Path) -> None:
+    """The model goes on from the prompt, not from an end of text after it."""
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    tokenizer = AutoTokenizer.from_pretrained(changed)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])  # fmt: skip
+    tokenizer.save_pretrained(changed)
+    assert AutoTokenizer.from_pretrained(changed)("door")["input_ids"][-1] == end[1]
+    plain, ended = (
+        saved_samples(run(c, ["needles"], lengths=[n], limit=2, prose=prose, out=tmp_path / f"out{n}"))
+        for c, n in ((checkpoint, 200), (str(changed), 201))
+    )  # fmt: skip
+    assert all(e["prompt_tokens"] <= 200 for e in ended)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    plain_tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    task = parse_task("needles")
+    assert task is not None and len(plain) == 2
+    for record, sample in zip(ended, task.samples(PROSE, AutoTokenizer.from_pretrained(changed), 201, 2, 1), strict=True):  # fmt: skip
+        ids = plain_tokenizer(sample.prompt, return_tensors="pt")["input_ids"]
+        said = model.generate(ids, max_new_tokens=task.new_tokens, do_sample=False)[0, ids.shape[1] :]  # fmt: skip
+        assert record["said"] == plain_tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_a_tokenizer_without_padding_or_end(checkpoint: str, prose: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (changed / name).exists():
+            kept = json.loads((changed / name).read_text())
+            kept = {k: v for k, v in kept.items() if k not in ("pad_token", "eos_token")}
+            (changed / name).write_text(json.dumps(kept))
+    assert AutoTokenizer.from_pretrained(changed).pad_token_id is None
+    one, three = (
+        saved_samples(run(str(changed), ["needles"], lengths=[200], limit=3, batch_size=n, prose=prose, out=tmp_path / f"out{n}"))
+        for n in (1, 3)
+    )  # fmt: skip
+    assert one == three
+
+
+def test_one_sample_has_no_spread(checkpoint: str, prose: Path, tmp_path: Path) -> None:
+    found = run(checkpoint, ["needles"], lengths=[200], limit=1, prose=prose, out=tmp_path / "out")
+    assert math.isnan(found.rows[0]["stderr"])
+    assert json.loads((found.folder / "results.json").read_text())["rows"][0]["stderr"] is None
+    assert "±" not in (found.folder / "results.md").read_text()
+
+
+def test_names_with_spaces_and_twice(
+    checkpoint: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a checkpoint under ~, which a shell does not expand in quotes or in Python."""
+    monkeypatch.setenv("HOME", str(Path(checkpoint).parent))
+    tasks = ["needles", " tracking:hops=1", "needles "]
+    found = run(f"~/{Path(checkpoint).name}", tasks, lengths=[200], limit=1, prose=prose, out=tmp_path / "out")  # fmt: skip
+    assert [row["task"] for row in found.rows] == ["needles", "tracking:hops=1"]
+    facts = json.loads((found.folder / "results.json").read_text())
+    assert facts["checkpoint"] == checkpoint
+
+
+def test_every_sample_of_the_shortest_length_is_made_first(
+    checkpoint: str, prose: Path, tmp_path: Path
+) -> None:
+    """Names differ in length: one sample may fit where a later one does not."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    task = parse_task("needles")
+    assert task is not None
+
+    def fits(length: int, number: int) -> bool:
+        try:
+            return bool(list(task.samples(PROSE, tokenizer, length, number, 1)))
+        except ValueError:
+            return False
+
+    length = next(n for n in range(40, 200) if fits(n, 1) and not fits(n, 50))
+    with pytest.raises(EvalError, match=rf"{length} tokens leave {length - task.new_tokens} for the prompt"):  # fmt: skip
+        run(checkpoint, ["needles"], lengths=[length], limit=50, prose=prose, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "prose",
+    ["他来到了那扇门前。天已经很晚了。雨停了！", "value = compute(value, 3)\n", "and then "],
+)
+def test_prompts_are_full_whatever_the_prose(prose: str) -> None:
+    """Without spaces after sentences, without sentences: as long as asked for."""
+    tokenizer = train_tokenizer([PROSE + prose * 50], 330)
+    task = parse_task("needles")
+    assert task is not None
+    for length in (500, 2000):
+        (sample,) = task.samples(prose * 500, tokenizer, length, 1, 1)
+        size = len(tokenizer(sample.prompt)["input_ids"])
+        assert length - task.new_tokens - 120 < size <= length - task.new_tokens
+
+
+def test_prompts_that_are_not_full_are_said(checkpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "prose.txt"
+    path.write_text(("word " * 300 + "end. ") * 5)
+    lines: list[str] = []
+    evaluate(checkpoint, ["needles"], lengths=[400], limit=2, prose=path, out=tmp_path / "out", say=lines.append, quiet=True)  # fmt: skip
+    assert any("its prompts have" in line for line in lines)
+
+
+@pytest.mark.usefixtures("tasks_read_once")
+def test_a_small_vocabulary_would_search_for_ever(checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"ruler_vt: the harness's shortest example has up to .* tokens"):  # fmt: skip
+        run(checkpoint, ["ruler_vt"], lengths=[4096], limit=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    state = random.getstate()
+    harness.check_tokenizer(["ruler_vt"], train_tokenizer([packaged_novel()], 4096))
+    assert random.getstate() == state
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tasks_read_once")
+def test_the_same_seed_asks_the_same(checkpoint: str) -> None:
+    """The twins are asked the same: the harness's generator of words would go on where the last call left it."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompts: list[list[str]] = []
+    for seed in (1, 1, 2):
+        seen: list[str] = []
+        prompts.append(seen)
+        with model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(tokenizer.decode(kwargs["input_ids"][0])),
+            with_kwargs=True,
+        ):  # fmt: skip
+            (call,) = harness.calls_of(["ruler_cwe"], [2048])
+            harness.run_harness(model, tokenizer, checkpoint, call, limit=1, batch_size=1, seed=seed)  # fmt: skip
+    assert prompts[0][0] == prompts[1][0] != prompts[2][0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tasks_read_once")
+def test_prompts_keep_their_beginning(checkpoint: str) -> None:
+    """ruler_fwe's fill the length and leave no room for the answer."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    seen: list[str] = []
+    with model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tokenizer.decode(kwargs["input_ids"][0])), with_kwargs=True
+    ):  # fmt: skip
+        (call,) = harness.calls_of(["ruler_fwe"], [2048])
+        harness.run_harness(model, tokenizer, checkpoint, call, limit=12, batch_size=1, seed=2)
+    prompts = [text for text in seen if len(text) > 200]
+    assert len(prompts) == 12
+    assert all(text.lstrip().startswith("Read the following coded text") for text in prompts)
+
+
 def test_nothing_is_overwritten(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(FolderError, match="is not empty"):
@@ -164,10 +353,19 @@ def test_nothing_is_overwritten(checkpoint: str, tmp_path: Path) -> None:
 
 def test_lengths_are_run_one_by_one() -> None:
     """The harness would take its first samples of all lengths together, which are the shortest's."""
-    assert harness.calls_of(["ruler_vt", "boolq", "niah_single_1"], [2048, 4096]) == [
-        (["ruler_vt", "niah_single_1"], [2048]), (["ruler_vt", "niah_single_1"], [4096]), (["boolq"], [2048, 4096]),
-    ]  # fmt: skip
-    assert harness.calls_of(["boolq"], [100]) == [(["boolq"], [100])]
+    long = [
+        Call([task], [n], None, {"max_seq_lengths": [n]})
+        for task in ("ruler_vt", "niah_single_1")
+        for n in (2048, 4096)
+    ]
+    rest = Call(["boolq", "babilong"], [], None, {})
+    calls = harness.calls_of(["ruler_vt", "boolq", "niah_single_1", "babilong"], [2048, 4096])
+    assert calls == [*long, rest]
+    # Its lengths are names of configurations, one at a time.
+    assert harness.calls_of(["babilong_qa1"], [1024, 131072]) == [
+        Call(["babilong_qa1"], [], 1024, {"max_seq_lengths": "1k"}),
+        Call(["babilong_qa1"], [], 131072, {"max_seq_lengths": "128k"}),
+    ]
 
 
 def test_a_mirror_counts_as_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,11 +404,14 @@ def test_rows_of_the_harness() -> None:
         "versions": {"niah_single_1": 1.0, "boolq": 2.0},
         "n-samples": {"boolq": {"original": 9, "effective": 4}},
     }  # fmt: skip
-    rows = harness.rows_of(found, [2048])
+    rows = harness.rows_of(found, Call(["niah_single_1", "boolq"], [2048], None, {}))
     assert [(r["task"], r["length"], r["metric"], r["value"]) for r in rows] == [
         ("niah_single_1", 2048, "accuracy", 0.5), ("boolq", None, "acc", 0.25),
     ]  # fmt: skip
     assert math.isnan(rows[0]["stderr"]) and rows[1]["stderr"] == 0.01 and rows[1]["samples"] == 4
+    found = {"results": {"babilong_qa1": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "versions": {}}
+    (row,) = harness.rows_of(found, Call(["babilong_qa1"], [], 4096, {}))
+    assert (row["length"], row["metric"], row["value"], row["stderr"]) == (4096, "accuracy", 0.5, 0.1)  # fmt: skip
     text = table(rows)
     assert "| niah_single_1 | 50.0 |" in text and "| boolq | acc | 0.25 | 0.01 |" in text
 

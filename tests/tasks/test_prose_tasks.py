@@ -133,3 +133,36 @@ def test_bad_arguments(task: Any, changes: dict[str, Any], error: type[Exception
 def test_bad_dials(task: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         task(SHORT, 100, generator=seeded(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "share"),
+    [
+        (("1296130", "2345678"), " 1296130,2345678.", 1.0),
+        (("1296130", "2345678"), "1,296,130 and 2,345,678", 1.0),
+        (("ABC", "DEF"), " ABC,DEF,GHI", 1.0),
+        (("ABC", "DEF"), " VAR ABC,VAR DEF", 1.0),
+        (("ABC",), " abc", 1.0),
+        (("ABC",), "ABCD", 0.0),
+        (("1234567",), "12345678", 0.0),
+        (("1234567",), "123456", 0.0),
+        (("12", "34"), "12,34", 1.0),
+        (("1234567",), "1234,567", 1.0),
+    ],
+)
+def test_answers_are_words(answers: tuple[str, ...], said: str, share: float) -> None:
+    assert score(Sample("", answers, ()), said) == share
+
+
+def test_what_has_no_sentences_is_cut_at_words() -> None:
+    code = "\n".join(f"def f{i}(x): return x + {i}" for i in range(300))
+    pieces = sentences_of(code)
+    assert " ".join(pieces) == " ".join(code.split()) and max(map(len, pieces)) <= 150
+    assert "".join(sentences_of("a" * 5001)) == "a" * 5001
+    assert sentences_of("他来了。天晚了！雨停了？ 好。") == (
+        "他来了。",
+        "天晚了！",
+        "雨停了？",
+        "好。",
+    )
+    assert max(map(len, sentences_of(packaged_novel()))) > 1000  # real sentences stay whole
