@@ -57,6 +57,8 @@ class Moving(Experiment):
         seed = seeds[0]
         base = text_model(place, first, seed, tick, attention="softmax", position=cell["position"])
         config = settings(place)
+        every = then if place.tiny else then // 8
+        planned = {*range(0, then, every), then}
         rows: list[Row] = []
         for way, given in WAYS.items():
             changes = dict(given)
@@ -71,7 +73,7 @@ class Moving(Experiment):
             # Evaluated before the first step too: what the switch itself costs.
             log = train_cell(
                 place, moved, then, seed + 1000, place.work / way, tick,
-                eval_on_start=True, eval_steps=then if place.tiny else 0.125, warmup_steps=0.1,
+                eval_on_start=True, eval_steps=every, warmup_steps=0.1,
                 torch_compile=False,  # takes longer than it saves in so few steps
             )  # fmt: skip
             about = {
@@ -81,10 +83,9 @@ class Moving(Experiment):
                 **_strength(place.work / way, way),
             }
             rows.append({**about, "step": -1, "loss": base.loss})
-            rows += [
-                {**about, "step": int(entry["step"]), "loss": entry["eval_loss"]}
-                for entry in {e["step"]: e for e in log if "eval_loss" in e}.values()
-            ]
+            # A training that goes on starts again, and is evaluated there too. What was found first is what it would have found alone.
+            losses = {int(e["step"]): e["eval_loss"] for e in reversed(log) if "eval_loss" in e}
+            rows += [{**about, "step": step, "loss": losses[step]} for step in sorted(planned)]
         return rows
 
     def summary(self, rows: list[Row]) -> str:

@@ -53,10 +53,13 @@ class Paired:
         """For a table, bold where it counts; empty without seeds."""
         if self.seeds == 0:
             return ""
-        text = str(self) if with_seeds else f"{self.mean:+.3f} ± {self.error:.3f}"
+        told = with_seeds or self.seeds == 1
+        text = str(self) if told else f"{self.mean:+.3f} ± {self.error:.3f}"
         return f"**{text}**" if self.counts else text
 
     def __str__(self) -> str:
+        if self.seeds == 1:  # it has no spread
+            return f"{self.mean:+.3f} (one seed)"
         return f"{self.mean:+.3f} ± {self.error:.3f} ({self.seeds} seeds)"
 
 
@@ -93,12 +96,14 @@ def spread_of(rows: Iterable[Row], metric: str) -> tuple[float, float]:
 
 
 def said(rows: Iterable[Row], metric: str, digits: int = 3, *, seeds: int | None = None) -> str:
-    """``mean ± standard deviation`` for a table; empty without rows; with their number if it is not ``seeds``."""
+    """``mean ± standard deviation`` for a table; empty without rows; with their number if it is one or not ``seeds``."""
     rows = list(rows)
     if not rows:
         return ""
     mean, deviation = spread_of(rows, metric)
     number = "" if seeds in (None, len(rows)) else f" ({len(rows)} of {seeds} seeds)"
+    if len(rows) == 1:  # it has no spread
+        return f"{mean:.{digits}f}{number or ' (one seed)'}"
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}{number}"
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,13 +22,21 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from lucid_attention import cli, precondition
-from lucid_attention.reproduce import EXPERIMENTS, ReproduceError, corpus, language, reproduce
+from lucid_attention.reproduce import (
+    EXPERIMENTS,
+    ReproduceError,
+    corpus,
+    language,
+    moving,
+    reproduce,
+)
 from lucid_attention.reproduce.experiment import Workplace, _identity
 from lucid_attention.reproduce.moving import WAYS
 from lucid_attention.reproduce.statistics import paired, quantile, said, spread_of
 from lucid_attention.results import FolderError
 from lucid_attention.train import TrainConfig, tasks
 from lucid_attention.train.run import prepare_tokens
+from lucid_attention.train.trainer import MeteredTrainer
 from tests.conftest import make_keys, relative_error
 
 
@@ -128,7 +137,32 @@ def test_moving_begins_where_softmax_ended(tmp_path: Path, monkeypatch: pytest.M
     assert (
         0.03 < strength["learned"] < 24 * 0.02
     )  # at the rate of the others it would be .024 at most
-    assert re.search(r"\| nope \| learned \|.*\| 0\.\d+ ± nan \(0\.\d+ to 0\.\d+\) \|", (folder / "summary.md").read_text())  # fmt: skip
+    assert re.search(r"\| nope \| learned \|.*\| 0\.\d+ \(one seed\) \(0\.\d+ to 0\.\d+\) \|", (folder / "summary.md").read_text())  # fmt: skip
+
+
+@pytest.mark.usefixtures("copied_corpora")
+def test_moving_goes_on_within_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third of four steps: the same rows, with none of the step it went on from."""
+    monkeypatch.setattr(moving, "WAYS", {"learned": WAYS["learned"]})  # one is enough
+
+    def rows(work: str) -> list[dict[str, Any]]:
+        place = Workplace(torch.device("cpu"), True, tmp_path / work, tmp_path / "shared")
+        return EXPERIMENTS["moving"].run({"position": "nope"}, [1], place, lambda steps: None)
+
+    whole = rows("whole")
+    real = MeteredTrainer.training_step
+
+    def stops(self: MeteredTrainer, *args: Any, **keywords: Any) -> torch.Tensor:
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(MeteredTrainer, "training_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        rows("stopped")
+    assert (tmp_path / "stopped" / "learned" / "run" / "checkpoint-3").is_dir()
+    monkeypatch.setattr(MeteredTrainer, "training_step", real)
+    assert rows("stopped") == whole and [row["step"] for row in whole] == [-1, 0, 4]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -316,8 +350,10 @@ def test_tables_of_what_is_there_by_hand() -> None:
         for (side, seed), values in accuracy.items() for needles, value in zip((1, 2), values, strict=False)
     ]  # fmt: skip
     text = Needles().summary(made)
-    assert "| all | softmax | 0.250 ± 0.071 |" in text and "| all | lucid | 0.450 ± nan |" in text
-    assert "| all | lucid - softmax | +0.150 ± nan |" in text
+    assert (
+        "| all | softmax | 0.250 ± 0.071 |" in text and "| all | lucid | 0.450 (one seed) |" in text
+    )
+    assert "| all | lucid - softmax | +0.150 (one seed) |" in text
     assert "| 1 | lucid - softmax | +0.350 ± 0.150 |" in text
 
     assert "Not one text: a, b, by the beginning" in text
@@ -328,10 +364,10 @@ def test_tables_of_what_is_there_by_hand() -> None:
         if (text, side, seed) != ("libraries", "lucid", 2)
     ]  # fmt: skip
     table = LanguageModel().summary(losses)
-    assert "| libraries | rope | 64 | lucid - softmax | +1.000 ± nan |  | +0.000 ± nan | inf | x 1.00 |" in table  # fmt: skip
+    assert "| libraries | rope | 64 | lucid - softmax | +1.000 (one seed) |  | +0.000 (one seed) | inf | x 1.00 |" in table  # fmt: skip
     assert "| stdlib | rope | 64 | lucid - softmax | **+1.000 ± 0.000** |" not in table  # two seeds
     assert "| stdlib | rope | 64 | lucid - softmax | +1.000 ± 0.000 | +1.000 ± 0.000 |" in table
-    assert "| libraries | rope | 64 | lucid | 12.000 ± nan (1 of 2 seeds) |" in table and "Not one text" not in table  # fmt: skip
+    assert "| libraries | rope | 64 | lucid | 12.000 (1 of 2 seeds) |" in table and "Not one text" not in table  # fmt: skip
 
 
 def test_training_losses_by_hand() -> None:
@@ -493,7 +529,10 @@ def test_paired_differences_by_hand() -> None:
     assert not paired(
         rows({1: 9.0, 2: 9.0}), rows({1: 0, 2: 0}), "x"
     ).counts  # two seeds are too few
-    assert math.isnan(paired(rows({1: 1.0}), rows({1: 0.0}), "x").error)
+    alone = paired(rows({1: 1.0}), rows({1: 0.0}), "x")
+    assert math.isnan(alone.error) and alone.said() == alone.said(with_seeds=True) == "+1.000 (one seed)"  # fmt: skip
+    assert said(rows({1: 5.65854}), "x", 4) == said(rows({1: 5.65854}), "x", 4, seeds=1) == "5.6585 (one seed)"  # fmt: skip
+    assert said(rows({1: 5.65854}), "x", 4, seeds=2) == "5.6585 (1 of 2 seeds)"
     apart = paired(rows({1: 1.0}), rows({2: 0.0}), "x")
     assert apart.seeds == 0 and apart.said() == ""
     assert spread_of(rows({1: 1.0, 2: 3.0}), "x") == (2.0, pytest.approx(math.sqrt(2)))
