@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ __all__ = [
     "ReproduceError",
     "Workplace",
     "locked",
+    "read_json",
     "reproduce",
 ]
 
@@ -62,6 +64,24 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         yield
+
+
+def read_json(path: Path, remedy: str, *names: str) -> dict[str, Any]:
+    """What an earlier run wrote: an object with these names.
+
+    Raises:
+        ReproduceError: it holds something else, as after a full disk or a copy that was cut off. It may be the user's only copy of
+            what is left, and so stays.
+    """
+    got = "something else"
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and found.keys() >= set(names):
+            return found
+    except ValueError as error:
+        got = f"a damaged file ({error})"
+    within = f" with {', '.join(names)}" if names else ""
+    raise ReproduceError(f"{path}: expected a JSON object{within}, got {got}; {remedy}")
 
 
 class Experiment(ABC):
@@ -141,19 +161,23 @@ def reproduce(
         The folder.
 
     Raises:
-        ReproduceError: fewer than one seed, no cell that ``only`` describes, or a folder of another run.
+        ReproduceError: fewer than one seed, no such device, a ``shared`` that is no folder, no cell that ``only`` describes, a folder of
+            another run, a damaged file of an earlier one, or a training that cannot begin or go on.
         FolderError: a folder that holds something else.
     """
     if seeds < 1:
         raise ReproduceError(f"--seeds: expected 1 or more, got {seeds}")
     size = "tiny" if tiny else "full"
-    place_of = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place_of = _device(device)
+    if shared is not None:
+        _check_shared(shared, size)
     identity = {"experiment": experiment.name, "version": experiment.version, "seeds": seeds, "tiny": tiny}  # fmt: skip
     cells = experiment.cells(tiny)
     if experiment.per_seed:
         cells = _seeded(cells, seeds)
     asked = cells if only is None else _chosen(cells, only)
     folder = _folder(out, experiment, identity)
+    load(folder.path, cells)  # what cannot be read is said now, not after the first cell
     waiting = [cell for cell in asked if not _file(folder, cell).is_file()]
     if len(waiting) < len(asked):
         say(f"{len(asked) - len(waiting)} of {len(asked)} cells are there already")
@@ -189,6 +213,34 @@ def reproduce(
     if _write(folder, experiment, tiny):
         shutil.rmtree(folder.path / "work", ignore_errors=True)
     return folder.path
+
+
+def _device(name: str | None) -> torch.device:
+    """Tried, before a folder is made."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ReproduceError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ReproduceError(f"--device {name}: cannot be used ({first}); take another, such as cpu") from None  # fmt: skip
+    return found
+
+
+def _check_shared(shared: Path, size: str) -> None:
+    """That there can be such folders; makes none."""
+    try:
+        whole = shared / size
+        there = next(p for p in (whole, *whole.parents) if p.exists() or p.is_symlink())
+        if not there.is_dir():
+            raise ReproduceError(f"--shared {shared}: expected a folder, and {there} is none; name another folder")  # fmt: skip
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ReproduceError(f"--shared {shared}: {there} cannot be written to; name another folder")  # fmt: skip
+    except OSError as error:
+        raise ReproduceError(f"--shared {shared}: cannot be used ({error.strerror}); name another folder") from None  # fmt: skip
 
 
 def _seeded(cells: Sequence[Cell], seeds: int) -> list[Cell]:
@@ -242,7 +294,7 @@ def _write(folder: ResultsFolder, experiment: Experiment, tiny: bool) -> bool:
     with FileLock(_lock(folder, "tables")):
         cells = experiment.cells(tiny)
         if experiment.per_seed:
-            cells = _seeded(cells, json.loads((folder.path / "experiment.json").read_text())["seeds"])  # fmt: skip
+            cells = _seeded(cells, _marked(folder.path / "experiment.json")["seeds"])
         rows = load(folder.path, cells)
         if rows:
             names = list(dict.fromkeys(name for row in rows for name in row))
@@ -259,7 +311,7 @@ def load(folder: Path, cells: Sequence[Cell]) -> list[Row]:
     for cell in cells:
         path = folder / "cells" / f"{_identity(cell)}.json"
         if path.is_file():
-            record = json.loads(path.read_text())
+            record = read_json(path, "delete it, and the same command runs its cell again", "commit", "device", "rows")  # fmt: skip
             about = {"commit": record["commit"], "device": record["device"]}
             rows += [{**cell, **about, **row} for row in record["rows"]]
     return rows
@@ -277,8 +329,8 @@ def _folder(out: Path | None, experiment: Experiment, identity: dict[str, Any]) 
 def _made(out: Path | None, experiment: Experiment, identity: dict[str, Any]) -> ResultsFolder:
     marker = None if out is None else out / "experiment.json"
     if marker is not None and marker.is_file():
-        found = json.loads(marker.read_text())
-        if not isinstance(found, dict) or found.keys() != identity.keys():
+        found = _marked(marker)
+        if found.keys() != identity.keys() or not isinstance(found["seeds"], int):
             raise ReproduceError(f"--out {out}: its experiment.json is not of lucid reproduce; name another folder")  # fmt: skip
         if experiment.per_seed and found == {**identity, "seeds": found["seeds"]} and found["seeds"] < identity["seeds"]:  # fmt: skip
             ResultsFolder(marker.parent).write_json(marker.name, identity)
@@ -290,6 +342,10 @@ def _made(out: Path | None, experiment: Experiment, identity: dict[str, Any]) ->
     folder = ResultsFolder.create(out, kind=experiment.name)
     folder.write_json("experiment.json", identity)
     return folder
+
+
+def _marked(marker: Path) -> dict[str, Any]:
+    return read_json(marker, "name another folder, or delete this one and run again")
 
 
 def _said(identity: dict[str, Any]) -> str:

@@ -16,18 +16,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from lucid_attention.evaluate.prose import ProseTask
 from lucid_attention.results import environment_facts
 from lucid_attention.tasks import Sample
-from lucid_attention.train import TrainConfig, train
+from lucid_attention.train import TrainConfig, TrainError, train
 from lucid_attention.train.folder import write_whole
 from lucid_attention.train.run import continue_training, prepare_tokens
 
 from .corpus import CORPORA, corpus_id, write_corpus
-from .experiment import ReproduceError, Workplace, locked
+from .experiment import ReproduceError, Workplace, locked, read_json
 
 __all__ = [
     "AVERAGE",
@@ -105,9 +107,22 @@ def settings(place: Workplace, *, text: str = TEXT, **changes: Any) -> TrainConf
         if not (shared / "data" / "tokens.json").is_file():
             written = write_corpus(shared / "corpus.jsonl", libraries=text == "libraries", tiny=place.tiny)  # fmt: skip
             prepare_tokens(TrainConfig(text=str(written), vocabulary=size["vocabulary"]), shared)
+        _check_tokens(shared / "data")
     return TrainConfig(
         tokens_of=str(shared), tie_embeddings=True, document_masks=False, **{**size, **changes}
     )
+
+
+def _check_tokens(data: Path) -> None:
+    """That the files are as long as they were written: of fewer tokens another model would be trained, of none not any."""
+    remedy = f"delete {data} and run again"
+    facts = read_json(data / "tokens.json", remedy, "dtype", "tokens", "documents")
+    each = {"tokens": np.dtype(facts["dtype"]).itemsize, "documents": np.dtype(np.int64).itemsize}
+    for name, bytes_of_one in each.items():
+        path, size = data / f"{name}.bin", facts[name] * bytes_of_one
+        there = path.stat().st_size if path.is_file() else 0
+        if there != size:
+            raise ReproduceError(f"{path}: expected {size:,} bytes, got {there:,}; {remedy}")
 
 
 def text_steps(tiny: bool) -> int:
@@ -143,6 +158,8 @@ def text_model(
         # A log may have come without its weights, and a training after it may have been stopped: then it is shorter.
         whole = bool(log) and log[-1]["step"] == steps
         if whole and (not weights or (kept / "model").is_dir()):
+            if weights:
+                _check_weights(folder)
             tick(steps)
         else:
             log = train_cell(place, config, steps, seed, folder, tick, learning_rate=learning_rate)
@@ -153,8 +170,19 @@ def text_model(
             # The checkpoints are three times the model's size, and nothing goes on from them any more.
             for part in (*kept.glob("checkpoint-*"), kept / "data"):
                 shutil.rmtree(part, ignore_errors=True)
-    facts = json.loads(about.read_text())
+    facts = read_json(about, f"delete {folder} and run again", "corpus", "commit", "trained_on")
     return TextModel(kept / "model", log, {name: facts[name] for name in ("corpus", "commit", "trained_on")})  # fmt: skip
+
+
+def _check_weights(folder: Path) -> None:
+    """That there are weights, as long as they say."""
+    path = folder / "run" / "model" / "model.safetensors"
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ReproduceError(f"{path}: expected the weights of a model, which cannot be read ({first}); delete {folder} and run again") from None  # fmt: skip
 
 
 def _check_met_once(tokens: Path, config: TrainConfig, steps: int) -> None:
@@ -192,11 +220,16 @@ def train_cell(
     }  # fmt: skip
     run = folder / "run"
     quiet: dict[str, Any] = {"say": lambda line: None, "quiet": True}
-    if (run / "config.yaml").is_file():
-        outcome = continue_training(run, **quiet)
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # killed before it had a configuration
-        outcome = train(config, given, out=run, **quiet)
+    try:
+        if (run / "config.yaml").is_file():
+            if (run / "data" / "tokens.json").is_file():
+                _check_tokens(run / "data")
+            outcome = continue_training(run, **quiet)
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # killed before it had a configuration
+            outcome = train(config, given, out=run, **quiet)
+    except TrainError as error:
+        raise ReproduceError(str(error)) from error
     if not outcome.finished:
         raise KeyboardInterrupt  # it was stopped and saved; the next run goes on
     tick(steps)
