@@ -330,16 +330,17 @@ def test_the_same_seed_asks_the_same(checkpoint: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tasks_read_once")
-def test_prompts_keep_their_beginning(checkpoint: str) -> None:
-    """ruler_fwe's fill the length and leave no room for the answer."""
+def test_prompts_keep_their_beginning(checkpoint: str, tmp_path: Path) -> None:
+    """ruler_fwe's may fill the length and leave no room for the answer; with this tokenizer some do."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = train_tokenizer([packaged_novel()[:200_000]], 330)
+    tokenizer.save_pretrained(tmp_path)
     seen: list[str] = []
     with model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tokenizer.decode(kwargs["input_ids"][0])), with_kwargs=True
     ):  # fmt: skip
         (call,) = harness.calls_of(["ruler_fwe"], [2048])
-        harness.run_harness(model, tokenizer, checkpoint, call, limit=12, batch_size=1, seed=2)
+        harness.run_harness(model, tokenizer, str(tmp_path), call, limit=12, batch_size=1, seed=1)
     prompts = [text for text in seen if len(text) > 200]
     assert len(prompts) == 12
     assert all(text.lstrip().startswith("Read the following coded text") for text in prompts)
