@@ -407,6 +407,8 @@ class _Run:
             if done == self.arguments.max_steps:
                 # transformers would take one more step before it looks.
                 return self._finished(trainer, checkpoint)
+            # It was done when the run began, and is in the log.
+            trainer.args.eval_on_start = False
         if self.state.is_main_process and (kept := keep_model(self.out, done)):
             self.say(f"the model of fewer steps is kept: {kept}")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ __all__ = [
     "likeliest",
     "stack",
 ]
+
+_LOSSES = "training_loss.json"
 
 
 def check_optimisation(arguments: TrainingArguments, model: Any) -> None:
@@ -105,6 +108,24 @@ class MeteredTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with _LeftOut(self.meter):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """And the losses since the last that was logged, which transformers forgets: the next would be of fewer steps."""
+        super()._save_rng_state(output_dir)
+        unsaid = self.accelerator.gather(self._tr_loss.detach()).mean().item()
+        if self.args.should_save:
+            kept = {"sum": unsaid, "since": self._globalstep_last_logged, "total": self._total_loss_scalar}  # fmt: skip
+            (Path(output_dir) / _LOSSES).write_text(json.dumps(kept))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Where a training goes on, before its first step."""
+        super()._load_rng_state(checkpoint)
+        path = None if checkpoint is None else Path(checkpoint) / _LOSSES
+        if path is not None and path.is_file():
+            kept = json.loads(path.read_text())
+            self._tr_loss.fill_(kept["sum"])
+            self._globalstep_last_logged = kept["since"]
+            self._total_loss_scalar = kept["total"]
 
 
 def check_strength(

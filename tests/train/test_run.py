@@ -24,6 +24,7 @@ from lucid_attention.hf import strengths
 from lucid_attention.results import FolderError
 from lucid_attention.train import TrainConfig, TrainError, train
 from lucid_attention.train.run import continue_training, describe, last_checkpoint
+from lucid_attention.train.trainer import MeteredTrainer
 
 ARGUMENTS: dict[str, Any] = {
     "max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 2, "save_steps": 3, "eval_steps": 3,
@@ -182,7 +183,31 @@ def test_a_stopped_training_goes_on(
     for index, state in moments[0].items():
         assert torch.equal(state["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
     logs = [list(csv.DictReader((f / "log.csv").open())) for f in (outcome.folder, uninterrupted)]
-    assert [(r["step"], r["eval_loss"]) for r in logs[0]] == [(r["step"], r["eval_loss"]) for r in logs[1]]  # fmt: skip
+    assert [(r["step"], r["loss"], r["eval_loss"]) for r in logs[0]] == [(r["step"], r["loss"], r["eval_loss"]) for r in logs[1]]  # fmt: skip
+
+
+def test_a_log_is_that_of_a_run_that_nobody_stopped(
+    novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended between two losses that are logged, with a held-out loss before the first step."""
+    given = {"max_steps": 8, "logging_steps": 4, "save_steps": 3, "eval_steps": 4, "eval_on_start": True}  # fmt: skip
+    step = MeteredTrainer.training_step
+
+    def ends(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 5:
+            raise RuntimeError("no power")
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeteredTrainer, "training_step", ends)
+        with pytest.raises(RuntimeError, match="no power"):
+            run(config(novel), tmp_path / "run", **given)
+    outcome = continue_training(tmp_path / "run", say=lambda line: None, quiet=True)
+    whole = run(config(novel), tmp_path / "whole", **given)
+    logs = [list(csv.DictReader((o.folder / "log.csv").open())) for o in (outcome, whole)]
+    columns = ("step", "loss", "eval_loss", "train_loss")
+    assert [[r.get(c) for c in columns] for r in logs[0]] == [[r.get(c) for c in columns] for r in logs[1]]  # fmt: skip
+    assert [r["step"] for r in logs[1] if r["loss"]] == ["4", "8"]
 
 
 @pytest.fixture(scope="module")
