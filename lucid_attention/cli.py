@@ -150,7 +150,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         """Show LUCID beside softmax attention: a memory task and a language model on a novel.
 
-        Takes about four minutes on two quiet CPU cores and needs no network.
+        Takes about three minutes on two quiet CPU cores and needs no network.
 
         1. Memory. Sequences of writes and queries to 128 keys; a query asks for the latest value
         of its key. Four one-layer models, softmax and LUCID, without position encoding and with
