@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -177,7 +178,7 @@ def load(
     if dtype not in DTYPES:
         raise GenerateError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     name = str(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises where there is no such user)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise GenerateError(f"{name}: no such folder")
@@ -193,9 +194,7 @@ def load(
         raise GenerateError("--device: expected a device that computes, got meta")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
+        model, missing = _from_pretrained(source, dtype)
     except (
         OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError,
     ) as error:  # fmt: skip
@@ -205,7 +204,6 @@ def load(
         elif "/" in name and path.parent.is_dir() and not path.is_dir():
             first = f"{path.parent} has no folder {path.name}, and {first}"
         raise GenerateError(f"{name}: cannot be loaded: {first}") from None
-    missing = sorted(found["missing_keys"])
     if missing:
         raise GenerateError(
             f"{name}: is no complete causal language model: {len(missing)} tensors that it needs are not among its "
@@ -220,6 +218,32 @@ def load(
     except (ValueError, RuntimeError, AssertionError) as error:
         raise GenerateError(f"{name}: {str(error).strip().splitlines()[0]}") from None
     return model.eval(), tokenizer
+
+
+def _from_pretrained(source: str, dtype: str) -> tuple[Any, list[str]]:
+    """A model, and the tensors that its weights lack; an adapter is merged into its base.
+
+    transformers' own way with adapters says nothing of what the base lacks and forgets modules that were saved whole, such as
+    learned strengths.
+    """
+    adapter = Path(source) / "adapter_config.json"
+    base = source
+    if adapter.is_file():
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    model, found = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
+    if adapter.is_file():
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    return model, sorted(found["missing_keys"])
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's tokens, without the end of text that some tokenizers append: a model is to go on from here."""
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):  # fmt: skip
+        return ids[:-1]
+    return ids
 
 
 def describe(model: Any) -> str:
@@ -244,17 +268,12 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
             the checkpoint's generation settings do not go with this; the model does not go on beyond the positions it
             was made for.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    inputs.pop("token_type_ids", None)
-    length = inputs["input_ids"].shape[1]
-    ends = length > 1 and int(inputs["input_ids"][0, -1]) == tokenizer.eos_token_id
-    if ends and not prompt.endswith(tokenizer.eos_token):  # appended: the text is to go on
-        inputs = {name: x[:, :-1] for name, x in inputs.items()}
-        length -= 1
+    ids = prompt_ids(tokenizer, prompt)
+    length = len(ids)
     if length == 0:
         raise GenerateError("the prompt has no tokens")
     known = model.get_input_embeddings().weight.shape[0]
-    largest = int(inputs["input_ids"].max())
+    largest = max(ids)
     if largest >= known:
         raise GenerateError(
             f"the tokenizer is another model's: it made token {largest} of the prompt, and the model knows {known}"
@@ -285,19 +304,19 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
     set_seed(settings.seed)
     streamer = _Streamer(tokenizer, summary)
     summary.times.append(time.perf_counter())
+    rows = torch.tensor([ids], device=model.device)
     try:
         model.generate(
-            **inputs,
-            max_new_tokens=settings.new_tokens,
-            streamer=streamer,
-            tokenizer=tokenizer,
-            **how,
-        )
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=settings.new_tokens,
+            streamer=streamer, tokenizer=tokenizer, **how,
+        )  # fmt: skip
     except KeyboardInterrupt:
         streamer.end()
         summary.interrupted = True
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise GenerateError(str(error).strip().split("\n")[0]) from error
+        if summary.times[1:]:
+            streamer.end()  # what was said stays, on a line of its own
+        raise GenerateError(str(error).strip().split("\n")[0] or type(error).__name__) from error
     except IndexError:
         if most is None or length + settings.new_tokens <= most:
             raise

@@ -155,9 +155,9 @@ def check_room(
                 f"the cache is full: {length} cached and {tokens} new tokens in a capacity of {capacity} (of key_mask "
                 f"and block_table, too). Nothing was written; copy it into a larger one."
             )
-    readable = block_table is not None and block_table.device.type == "cpu"
-    if readable and tokens > 0 and not torch.compiler.is_compiling():
-        assert block_table is not None
+    if block_table is None or torch.compiler.is_compiling():
+        return
+    if block_table.device.type == "cpu" and tokens > 0:
         _check_pages(block_table.tolist(), lengths, tokens, key_cache)
 
 

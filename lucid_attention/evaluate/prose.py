@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lucid_attention.generate import prompt_ids
 from lucid_attention.tasks import (
     Sample,
     needles,
@@ -184,11 +185,3 @@ def run_task(
         for index, (sample, size, text, x) in enumerate(zip(samples, tokens, said, scores, strict=True))
     ]  # fmt: skip
     return row, records
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's tokens, without the end of text that some tokenizers append: a model is to go on from here."""
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):  # fmt: skip
-        return ids[:-1]
-    return ids

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def evaluate(
     """
     if isinstance(tasks, str) or not isinstance(lengths, Sequence):
         raise EvalError(f"tasks, lengths: expected lists, got {tasks!r} and {lengths!r}")
-    checkpoint = str(checkpoint)
-    if checkpoint.startswith("~"):
-        checkpoint = str(Path(checkpoint).expanduser())
+    checkpoint = os.path.expanduser(str(checkpoint))  # noqa: PTH111 (Path's raises where there is no such user)
     out, prose = (None if path is None else Path(path) for path in (out, prose))
     own, others = _parsed(tasks)
     for name, number in (("limit", limit), ("batch_size", batch_size)):
@@ -101,7 +100,7 @@ def evaluate(
         model, tokenizer = load(checkpoint, dtype=dtype, device=device, strength=strength)
         check_tokenizer(others, tokenizer)
         # A length that is too short, before hours of others.
-        shortest = [list(t.samples(text, tokenizer, wanted[0], limit, seed)) for t in own]
+        made = [list(t.samples(text, tokenizer, wanted[0], limit, seed)) for t in own]
     except (ValueError, GenerateError) as error:
         raise EvalError(str(error)) from None
     # Greedy, and nothing else of what the checkpoint says of drawing: a penalty on repetitions is one on copying a needle.
@@ -123,12 +122,12 @@ def evaluate(
         "limit": limit, "batch_size": batch_size, "seed": seed, "prose": None if prose is None else str(prose),
         "prose_sha256": hashlib.sha256(text.encode()).hexdigest() if own else None, **environment_facts(), "finished": False,
     }  # fmt: skip
-    for task, made in zip(own, shortest, strict=True):
+    for task, first in zip(own, made, strict=True):
         for length in wanted:
             try:
                 row, said = run_task(
                     task, model, tokenizer, text, length, number=limit, batch_size=batch_size, seed=seed, quiet=quiet,
-                    samples=made if length == wanted[0] else None,
+                    samples=first if length == wanted[0] else None,
                 )  # fmt: skip
             except ValueError as error:
                 raise EvalError(f"{task.name} at {length}: {error}") from None

@@ -201,7 +201,7 @@ class LucidLayer:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.known, self.real = 0, None
+        self.known, self.real, self.pending = 0, None, None
         self.scaled = self.y_scale is None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -209,7 +209,8 @@ class LucidLayer:
         self._select(beam_idx)
 
     def _select(self, rows: Tensor | list[int]) -> None:
-        rows = torch.as_tensor(rows)
+        if not isinstance(rows, Tensor):
+            rows = torch.tensor(rows, dtype=torch.long)
         self.real = None if self.real is None else self.real[rows.to(self.real.device)]
         if self.y_scale is not None:
             self.y_scale = self.y_scale[rows.to(self.y_scale.device)]
@@ -320,8 +321,8 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
 
     def reset(self) -> None:
         """Empties it; a stock layer fills its tensors with zeros, which stay cached."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        if self.is_initialized:  # as `lazy_initialization` leaves them
+            self.keys, self.values = self.keys.new_empty(0), self.values.new_empty(0)
         self.buffers, self.filled, self.pending = None, 0, None
         self.known, self.real = 0, None
         self.scaled = self.y_scale is None
@@ -470,7 +471,7 @@ class LucidCache(DynamicCache):
         super().reset()
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+                layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
 
 
 class _OrderedStream(torch.cuda.Stream):
@@ -517,9 +518,11 @@ def upgrade(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) ->
 def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> None:
     """Prepares a cache for one forward pass of the model with these LUCID layers.
 
-    Raises ValueError if the cache belongs to a model with other LUCID layers, or is quantised.
+    Raises ValueError if the cache belongs to a model with other LUCID layers, is quantised, or was reset and is a stock one.
     """
     upgrade(cache, lucid_layers, number_of_layers)
+    if not torch.compiler.is_compiling():
+        _check_reset(cache)
     expected = set(lucid_layers)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LucidLayer):
@@ -537,6 +540,17 @@ def arm(cache: Cache, lucid_layers: Iterable[int], number_of_layers: int) -> Non
                 "quantise the raw values before these can be preconditioned; use the default "
                 "(dynamic) or the static cache"
             )
+
+
+def _check_reset(cache: Cache) -> None:
+    """A stock growing cache that is reset keeps zeros in its stock layers, which later tokens would attend to."""
+    growing = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized]
+    empty = [x.keys.numel() == 0 for x in growing if isinstance(x, LucidDynamicLayer)]
+    if any(empty) and any(x.keys.numel() for x in growing if not isinstance(x, LucidDynamicLayer)):
+        raise ValueError(
+            "past_key_values: this cache was reset, and of its layers those of softmax attention hold rows of zeros since; take a "
+            "new one, or a LucidCache, which is empty after a reset"
+        )
 
 
 def check_room(cache: Cache, length: int, mask: Tensor | None = None) -> None:

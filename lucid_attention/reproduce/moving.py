@@ -83,7 +83,7 @@ class Moving(Experiment):
                 **_strength(place.work / way, way),
             }
             rows.append({**about, "step": -1, "loss": base.loss})
-            # A training that goes on starts again, and is evaluated there too. What was found first is what it would have found alone.
+            # A training that an earlier version went on with was evaluated there, too: what was found first counts.
             losses = {int(e["step"]): e["eval_loss"] for e in reversed(log) if "eval_loss" in e}
             rows += [{**about, "step": step, "loss": losses[step]} for step in sorted(planned)]
         return rows

@@ -88,7 +88,7 @@ def sentences_of(prose: str) -> tuple[str, ...]:
         ValueError: there are none.
     """
     text = " ".join(prose.split())
-    ends = r"(?<=[.!?]['\"”’]) |(?<=[.!?]) |(?<=[。！？]) ?"
+    ends = r"(?<=[.!?]['\"”’]) |(?<=[.!?]) |(?<=[。！？][”’」』]) ?|(?<=[。！？])(?![”’」』]) ?"
     found = tuple(p for s in re.split(ends, text) if s for p in _pieces(s))
     if not found:
         raise ValueError("prose must have at least one sentence, got none")

@@ -147,7 +147,6 @@ def test_answers_have_room() -> None:
         (["tracking:hops=x"], {}, "got 'hops=x'"),
         (["needles:keys=²"], {}, "got 'keys=²'"),
         (["neddles"], {}, "did you mean needles"),
-        (["longbench"], {}, r"longbench: needs .*; pip install 'lm_eval\[longbench\]'"),
         (["babilong_qa1"], {"lengths": [1024, 3000]}, "babilong: expected lengths among 1024, 2048, .*, got 3000"),
         ([], {}, "--tasks: expected at least one"),
         (["needles"], {"limit": 0}, "--limit: expected 1 or more"),
@@ -381,6 +380,13 @@ def test_a_mirror_counts_as_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     server.shutdown()
     server.server_close()
     assert not harness._reaches_the_hub()
+
+
+@pytest.mark.usefixtures("tasks_read_once")
+def test_packages_of_tasks_are_looked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "LONGBENCH", ("rouge_of_nobody",))
+    with pytest.raises(ValueError, match=r"longbench: needs rouge_of_nobody; pip install 'lm_eval\[longbench\]'"):  # fmt: skip
+        harness.check_tasks(["longbench"], [1024])
 
 
 def test_models_of_so_many_positions(checkpoint: str, prose: Path, tmp_path: Path) -> None:

@@ -422,6 +422,55 @@ def test_a_growing_cache_is_reset(family, build, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_a_cache_is_reset_after_an_interrupt(kind, build, ids, monkeypatch):
+    """Between its keys and its Y, which is where a first pass runs out of memory."""
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config) if kind == "growing" else StaticCache(model.config, 24)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lucid_attention.hf.attention.precondition", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, :9], past_key_values=cache)
+    cache.reset()
+    got = model(ids[:, :12], past_key_values=cache).logits
+    expected = model(ids[:, :12], use_cache=False).logits
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_stock_cache_with_softmax_layers_that_was_reset_is_refused(build, ids):
+    model = enable(build("Gemma3Text"))
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, 9:10], past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="past_key_values: this cache was reset"):
+        model(ids[:, :9], past_key_values=cache)
+    plain = DynamicCache(config=(whole := enable(build("Llama"))).config)
+    whole(ids.flip(0)[:, :9], past_key_values=plain)
+    plain.reset()
+    got = whole(ids[:, :9], past_key_values=plain).logits
+    torch.testing.assert_close(got, whole(ids[:, :9], use_cache=False).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_prepared_is_reset(build, ids):
+    model = enable(build("Llama"))
+    cache = LucidCache(model.config)
+    model(ids[:, :1], past_key_values=cache)  # of which the layers are to be like
+    layer = cache.layers[0]
+    fresh = LucidCache(model.config)
+    fresh.early_initialization(2, 2, layer.keys.shape[-1], torch.float32, torch.device("cpu"))
+    fresh.reset()
+    got = model(ids[:, :9], past_key_values=fresh).logits
+    torch.testing.assert_close(got, model(ids[:, :9], use_cache=False).logits, **TOLERANCE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("how", ["crop", "crop, then select"])
 def test_a_padded_cache_cropped_to_nothing_takes_another_batch(how, build, ids):
     model = enable(build("Llama"))

@@ -165,4 +165,5 @@ def test_what_has_no_sentences_is_cut_at_words() -> None:
         "雨停了？",
         "好。",
     )
+    assert sentences_of("他说：“来了。”他走了。") == ("他说：“来了。”", "他走了。")
     assert max(map(len, sentences_of(packaged_novel()))) > 1000  # real sentences stay whole
