@@ -716,6 +716,7 @@ def test_a_fixed_order_is_asked_for_and_given_back() -> None:
             torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_processes_begin_and_end_together(tmp_path: Path) -> None:
     """Three at once on a new folder: none fails, no cell is run twice, the tables have all."""
     out = tmp_path / "out"
