@@ -98,7 +98,12 @@ def language_run(
     return out, folder / "shared", len(trained)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+SLOW = ("moving", "repeat")  # more than 20 seconds; of both there are quicker tests below
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EXPERIMENTS]
+)
 def test_a_tiny_run(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if name != "language-model":  # it has both texts, which are written anew in its two runs
         request.getfixturevalue("copied_corpora")
@@ -201,6 +206,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (folder / "results.csv").read_text() == (whole / "results.csv").read_text()
 
 
+@pytest.mark.slow
 def test_two_phases_go_on_within_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped within either phase or between them: the same rows, bit for bit."""
     whole = run("two-phase", tmp_path / "whole")

@@ -102,6 +102,7 @@ def test_settings_that_changed_by_hand(again: Path) -> None:
     assert go_on(out).step == 5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_anywhere_with_what_it_read(
     text: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
