@@ -19,7 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from lucid_attention.hf import attention as hf_attention
+from lucid_attention.hf.cache import LucidLayer
 
+TOLERANCE = {"rtol": 1e-4, "atol": 3e-4}
+"""Of logits, between two ways to the same."""
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -180,3 +183,7 @@ def fresh_warnings() -> Iterator[None]:
     hf_attention._WARNED.clear()
     yield
     hf_attention._WARNED.update(before)
+
+
+def lucid_layers(cache) -> list[int]:
+    return [i for i, layer in enumerate(cache.layers) if isinstance(layer, LucidLayer)]
