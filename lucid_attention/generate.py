@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lucid_attention.hf import enable
 
@@ -226,15 +227,20 @@ def _from_pretrained(source: str, dtype: str) -> tuple[Any, list[str]]:
     transformers' own way with adapters says nothing of what the base lacks and forgets modules that were saved whole, such as
     learned strengths.
     """
-    adapter = Path(source) / "adapter_config.json"
+    adapted = find_adapter_config_file(source) is not None
     base = source
-    if adapter.is_file():
+    if adapted:
         from peft import PeftConfig, PeftModel
 
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
     model, found = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
-    if adapter.is_file():
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    if adapted:
+        model = PeftModel.from_pretrained(model, source)
+        if not hasattr(model, "merge_and_unload"):
+            raise ValueError(
+                "its adapter cannot be merged into its base, as one of prompts; expected LoRA or the like"
+            )
+        model = model.merge_and_unload()
     return model, sorted(found["missing_keys"])
 
 
@@ -313,7 +319,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, settings: Settings) -> Sum
     except KeyboardInterrupt:
         streamer.end()
         summary.interrupted = True
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         if summary.times[1:]:
             streamer.end()  # what was said stays, on a line of its own
         raise GenerateError(str(error).strip().split("\n")[0] or type(error).__name__) from error

@@ -300,6 +300,16 @@ def test_an_adapter_and_what_it_saved_whole(checkpoints: dict[str, Path], tmp_pa
         load(str(adapter), device="cpu")
 
 
+def test_an_adapter_that_cannot_be_merged(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoints["softmax"])
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path)  # fmt: skip
+    PreTrainedTokenizerFast.from_pretrained(checkpoints["softmax"]).save_pretrained(tmp_path)
+    with pytest.raises(GenerateError, match="cannot be loaded: its adapter cannot be merged"):
+        load(str(tmp_path), device="cpu")
+
+
 def test_a_mark_at_a_files_beginning_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_bytes(PROMPT.encode("utf-8-sig"))

@@ -71,8 +71,7 @@ class ProseTask:
                 if not str(error).startswith("length"):
                     raise
                 raise ValueError(
-                    f"{length} tokens leave {length - room} for the prompt and {room} for the answer, of sample {index} of "
-                    f"{self.name} too few: {error}"
+                    f"sample {index} of {self.name} does not fit {length} tokens, of which {room} are for the answer: {error}"
                 ) from None
             yield sample
 

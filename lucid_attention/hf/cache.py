@@ -201,6 +201,10 @@ class LucidLayer:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
+        self.forget()
+
+    def forget(self) -> None:
+        """What is known beside the rows themselves."""
         self.known, self.real, self.pending = 0, None, None
         self.scaled = self.y_scale is None
 
@@ -323,9 +327,8 @@ class LucidDynamicLayer(LucidLayer, DynamicLayer):
         """Empties it; a stock layer fills its tensors with zeros, which stay cached."""
         if self.is_initialized:  # as `lazy_initialization` leaves them
             self.keys, self.values = self.keys.new_empty(0), self.values.new_empty(0)
-        self.buffers, self.filled, self.pending = None, 0, None
-        self.known, self.real = 0, None
-        self.scaled = self.y_scale is None
+        self.buffers, self.filled = None, 0
+        self.forget()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

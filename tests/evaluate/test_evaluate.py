@@ -152,7 +152,7 @@ def test_answers_have_room() -> None:
         (["needles"], {"limit": 0}, "--limit: expected 1 or more"),
         (["needles"], {"batch_size": 0}, "--batch-size: expected 1 or more"),
         (["needles"], {"lengths": []}, "--lengths: expected numbers of tokens"),
-        (["needles"], {"lengths": [20]}, "20 tokens leave 0 for the prompt and 20 for the answer, of sample 0"),
+        (["needles"], {"lengths": [20]}, "sample 0 of needles does not fit 20 tokens, of which 20 are for the answer: length must"),
         (["needles:queries=5"], {}, "queries must be at most keys"),
         (["needles"], {"prose": Path("nowhere.txt")}, "--prose nowhere.txt: No such file"),
         (["nonsense_task"], {}, "nonsense_task: is no task of lm-evaluation-harness"),
@@ -270,7 +270,7 @@ def test_every_sample_of_the_shortest_length_is_made_first(
             return False
 
     length = next(n for n in range(40, 200) if fits(n, 1) and not fits(n, 50))
-    with pytest.raises(EvalError, match=rf"{length} tokens leave {length - task.new_tokens} for the prompt"):  # fmt: skip
+    with pytest.raises(EvalError, match=rf"sample \d+ of needles does not fit {length} tokens, of which {task.new_tokens} are"):  # fmt: skip
         run(checkpoint, ["needles"], lengths=[length], limit=50, prose=prose, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
