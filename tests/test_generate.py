@@ -176,7 +176,6 @@ def test_corrupt_weights_are_one_line(checkpoints: dict[str, Path], tmp_path: Pa
         {"num_beams": 3},
         {"num_beams": 4, "num_return_sequences": 3},
         {"do_sample": True, "num_return_sequences": 3},
-        {"prompt_lookup_num_tokens": 3},
         {"cache_implementation": "quantized"},
         {"output_attentions": True, "return_dict_in_generate": True},
     ],
@@ -187,10 +186,24 @@ def test_what_a_stream_cannot_have_does_not_matter(
     folder = tmp_path / "model"
     shutil.copytree(checkpoints["lucid"], folder)
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    prompt = "abc" * 8  # of which a lookup makes several tokens at once
-    expected = lucid(str(checkpoints["lucid"]), "-p", prompt, "-n", "30")
-    result = lucid(str(folder), "-p", prompt, "-n", "30")
+    expected = lucid(str(checkpoints["lucid"]), "-p", PROMPT, "-n", "20")
+    result = lucid(str(folder), "-p", PROMPT, "-n", "20")
     assert result.stdout == expected.stdout
+
+
+def test_tokens_come_one_by_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A lookup takes several at once where a text repeats, which would be one step of the clock."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["lucid"])
+    with torch.no_grad():  # it says its last token again
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.generation_config.prompt_lookup_num_tokens = 3
+    model.save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(checkpoints["lucid"]).save_pretrained(tmp_path)
+    result = lucid(str(tmp_path), "-p", "aaaa", "-n", "30")
+    assert result.stdout.rstrip("\n") == 30 * "a"
     assert " 30 new tokens" in result.stderr.strip().splitlines()[-1]
 
 

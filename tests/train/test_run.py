@@ -190,7 +190,7 @@ def test_a_log_is_that_of_a_run_that_nobody_stopped(
     novel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ended between two losses that are logged, with a held-out loss before the first step."""
-    given = {"max_steps": 8, "logging_steps": 4, "save_steps": 3, "eval_steps": 4, "eval_on_start": True}  # fmt: skip
+    given = {"max_steps": 8, "logging_steps": 2, "save_steps": 3, "eval_steps": 4, "eval_on_start": True}  # fmt: skip
     step = MeteredTrainer.training_step
 
     def ends(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -202,12 +202,21 @@ def test_a_log_is_that_of_a_run_that_nobody_stopped(
         patch.setattr(MeteredTrainer, "training_step", ends)
         with pytest.raises(RuntimeError, match="no power"):
             run(config(novel), tmp_path / "run", **given)
+    ends_with: list[float] = []
+    log = MeteredTrainer.log
+
+    def logged(trainer: Any, logs: dict[str, float], *args: Any) -> None:
+        ends_with.extend(logs[name] for name in ("train_loss",) if name in logs)
+        log(trainer, logs, *args)
+
+    monkeypatch.setattr(MeteredTrainer, "log", logged)  # of what is reported elsewhere, too
     outcome = continue_training(tmp_path / "run", say=lambda line: None, quiet=True)
     whole = run(config(novel), tmp_path / "whole", **given)
+    assert len(ends_with) == 2 and ends_with[0] == ends_with[1]
     logs = [list(csv.DictReader((o.folder / "log.csv").open())) for o in (outcome, whole)]
-    columns = ("step", "loss", "eval_loss", "train_loss")
-    assert [[r.get(c) for c in columns] for r in logs[0]] == [[r.get(c) for c in columns] for r in logs[1]]  # fmt: skip
-    assert [r["step"] for r in logs[1] if r["loss"]] == ["4", "8"]
+    columns = ("step", "loss", "eval_loss")
+    assert [[r[c] for c in columns] for r in logs[0]] == [[r[c] for c in columns] for r in logs[1]]
+    assert [r["step"] for r in logs[1] if r["loss"]] == ["2", "4", "6", "8"]
 
 
 @pytest.fixture(scope="module")
